@@ -1,1 +1,24 @@
+"Adapt CLIP-like vision-language models to a task without a single human label"
 __version__ = "0.1.0"
+
+import importlib
+
+_HOME = {
+    "load_clip": "clip", "FrozenCLIP": "clip", "zero_shot_head": "clip",
+    "Task": "data", "ArrayImages": "data", "Augmentation": "data", "load_task": "data",
+    "DualPrompt": "prompts", "VisualPrompt": "adapters", "Schedule": "trainer",
+    "Method": "protocol", "Fitted": "protocol", "METHODS": "rivals", "get_method": "rivals",
+    "CoFT": "collaborate", "CoFTPhase1": "collaborate", "ZeroShot": "rivals", "ZeroShotEnsemble": "rivals", "TopK": "rivals", "Supervised": "rivals",
+    "Parameters": "experiment", "run_experiment": "experiment", "published_table": "results",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module 'coft' has no attribute {name!r}; public are {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"coft.{_HOME[name]}"), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -7,7 +7,7 @@ __all__ = ['EMBEDDED', 'CompactTokenizer', 'tokenize', 'FrozenCLIP', 'load_clip'
            'zero_shot_head', 'PromptEncoder']
 
 # %% ../nbs/01_clip.ipynb #891a37cc
-import json, warnings
+import json, logging
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
@@ -124,15 +124,10 @@ def load_clip(
     if check_choice("model", model, names) == "embedded": return _load_embedded(pretrained, device)
     _refuse_unsupported(model, open_clip.get_model_config(model))
     if pretrained is None: raise ValueError(f"pretrained: nothing was given for {model!r}. Allowed: 'random', the path of a checkpoint, or a tag: {', '.join(open_clip.list_pretrained_tags_by_model(model))}.")
-    if pretrained == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            net = open_clip.create_model(model, pretrained=None)
+    if pretrained == "random": net = _random_model(model)
     else:
         if not Path(pretrained).is_file(): _check_tag(model, pretrained)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*QuickGELU.*")
-            net = open_clip.create_model(model, pretrained=str(pretrained))
+        net = _pretrained_model(model, str(pretrained))
     mean, std = (getattr(net.visual, f"image_{k}", None) for k in ("mean", "std"))
     stats = dict(mean=mean, std=std) if mean is not None and std is not None else {}
     return FrozenCLIP(net.to(device), open_clip.get_tokenizer(model), model, str(pretrained), weights_digest(net), **stats)
@@ -145,6 +140,25 @@ def weights_digest(
     return sha256_of(*(part for k, v in sorted(module.state_dict().items()) for part in (k, v.detach().cpu().float().numpy())))
 
 # %% ../nbs/01_clip.ipynb #5e7b9bcc
+def _random_model(name, seed=0):
+    import open_clip
+    level = logging.root.level
+    logging.root.setLevel(logging.ERROR)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return open_clip.create_model(name, pretrained=None)
+    finally: logging.root.setLevel(level)
+
+def _pretrained_model(model, pretrained):
+    import open_clip
+    try: return open_clip.create_model(model, pretrained=pretrained)
+    except Exception as e:
+        if Path(pretrained).is_file(): raise ValueError(f"pretrained: the checkpoint {pretrained!r} does not fit {model!r}: {e}") from e
+        source = open_clip.get_pretrained_cfg(model, pretrained)
+        raise ValueError(f"pretrained: the weights {pretrained!r} of {model!r} could not be downloaded ({type(e).__name__}). Get the file by hand from {source.get('url') or source.get('hf_hub')} and give its path as `pretrained`.") from e
+
+# %% ../nbs/01_clip.ipynb #10e01dd8
 def _check_tag(model, pretrained):
     import open_clip
     tags = open_clip.list_pretrained_tags_by_model(model)
@@ -153,7 +167,7 @@ def _check_tag(model, pretrained):
         raise ValueError(f"model: {model!r} with the tag 'openai' would run another activation than the weights were trained with; use {quick!r}.")
     if pretrained not in tags: raise ValueError(f"pretrained: {pretrained!r} is neither a file nor a tag of {model!r}. Allowed: 'random', the path of a checkpoint, {', '.join(tags)}.")
 
-# %% ../nbs/01_clip.ipynb #10e01dd8
+# %% ../nbs/01_clip.ipynb #c8aa41f2
 def _refuse_unsupported(model, config):
     text, vision = config.get("text_cfg", {}), config.get("vision_cfg", {})
     reason = ("its text tower comes from Hugging Face" if "hf_model_name" in text else
@@ -163,7 +177,7 @@ def _refuse_unsupported(model, config):
               "its text tower is not CLIP's causal transformer" if config.get("custom_text") or text.get("no_causal_mask") else None)
     if reason: raise ValueError(f"model: {model!r} is not supported, because {reason}. Models with open_clip's own ViT or ResNet image tower and CLIP's text tower work, such as 'ViT-B-32-quickgelu'.")
 
-# %% ../nbs/01_clip.ipynb #e216b03b
+# %% ../nbs/01_clip.ipynb #7a07b12c
 EMBEDDED_STATISTICS = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 def _load_embedded(pretrained, device, name="coft-embedded"):
@@ -180,7 +194,7 @@ def _load_embedded(pretrained, device, name="coft-embedded"):
     digest = card["sha256"] if pretrained != "random" else weights_digest(net)
     return FrozenCLIP(net.to(device), tokenizer, "embedded", pretrained or card["pretrained"], digest, preset="embedded", **EMBEDDED_STATISTICS)
 
-# %% ../nbs/01_clip.ipynb #7a07b12c
+# %% ../nbs/01_clip.ipynb #576e54e5
 def build_embedded(
     name:str="coft-embedded", # name of the configuration
     seed:int=0, # of the random weights
@@ -188,13 +202,11 @@ def build_embedded(
     "The embedded architecture, registered with open_clip, before any training"
     import open_clip
     open_clip.add_model_config(EMBEDDED/f"{name}.json")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = open_clip.create_model(name, pretrained=None)
+    net = _random_model(name, seed)
     kept = json.loads((EMBEDDED/"vocabulary.json").read_text())
     return net, CompactTokenizer(kept, net.context_length)
 
-# %% ../nbs/01_clip.ipynb #7f7164fa
+# %% ../nbs/01_clip.ipynb #d1820026
 def zero_shot_head(
     clip:FrozenCLIP, # the model
     class_names, # C names
@@ -208,7 +220,7 @@ def zero_shot_head(
     features = [clip.text_features([t.format(n) for n in names]) for t in templates]
     return F.normalize(torch.stack(features).mean(0), dim=-1)
 
-# %% ../nbs/01_clip.ipynb #8978fe90
+# %% ../nbs/01_clip.ipynb #ff1b68df
 class PromptEncoder(nn.Module):
     "Encodes [V_1]...[V_M][CLASS_k]. for every class k with a frozen text tower"
     def __init__(self,
@@ -237,7 +249,7 @@ class PromptEncoder(nn.Module):
 
     def __deepcopy__(self, memo): return self
 
-# %% ../nbs/01_clip.ipynb #6d170bd4
+# %% ../nbs/01_clip.ipynb #298982a3
 def _plain(self:PromptEncoder,
     context:torch.Tensor, # [P, M, d_t] P sets of learnable vectors
     classes:torch.Tensor|None=None, # [c] class indices, all by default
@@ -263,7 +275,7 @@ def _project(self:PromptEncoder, x):
 
 PromptEncoder.plain, PromptEncoder._of, PromptEncoder._project = _plain, _of, _project
 
-# %% ../nbs/01_clip.ipynb #ab0997ed
+# %% ../nbs/01_clip.ipynb #9f2ad90e
 def _split_heads(x, heads): return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 def _queries_keys_values(block, x):
@@ -274,7 +286,7 @@ def _close_block(block, x, attended):
     x = x + block.ls_1(block.attn.out_proj(attended.transpose(-3, -2).flatten(-2)))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
-# %% ../nbs/01_clip.ipynb #9f2ad90e
+# %% ../nbs/01_clip.ipynb #c9063fd2
 def _shared_prefix_block(
     block, # a residual attention block of open_clip
     shared, # [P, 1 + M, w] states of start and context
@@ -292,7 +304,7 @@ def _shared_prefix_block(
     seen = (w_back.transpose(1, 2).flatten(2, 3) @ v).unflatten(2, (c, S)).transpose(1, 2)
     return _close_block(block, shared, F.scaled_dot_product_attention(q, k, v, is_causal=True)), _close_block(block, own, seen + w_own @ V)
 
-# %% ../nbs/01_clip.ipynb #c9063fd2
+# %% ../nbs/01_clip.ipynb #b6c42807
 def _forward(self:PromptEncoder,
     context:torch.Tensor, # [P, M, d_t] P sets of learnable vectors
     classes:torch.Tensor|None=None, # [c] class indices, all by default

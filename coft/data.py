@@ -103,19 +103,17 @@ def batches(
     index, # image indices to visit [n]
     batch_size:int, # images in a batch; the last may be smaller
     size:int, # side of the images for the model
-    seed:int=0, # of the order and the views
-    phase:str="", # e.g. "phase1", part of the randomness rule
-    epoch:int=0, # likewise
-    augmentation:Augmentation|None=None, # None: the fixed test view, in the given order
+    stream=None, # (seed, phase, epoch) of a shuffled pass; None for the given order
+    augmentation:Augmentation|None=None, # views of a shuffled pass; None for the fixed test view
 ): # yields (positions [b] in `index`, pixels [b, 3, size, size])
     "Batches of pixels; order and views are functions of (seed, phase, epoch, image index)"
     index = np.asarray(index)
-    order = np.arange(len(index)) if augmentation is None else generator(seed, phase, "order", epoch).permutation(len(index))
+    order = np.arange(len(index)) if stream is None else generator(*stream, "order").permutation(len(index))
     for start in range(0, len(index), batch_size):
         place = order[start:start + batch_size]
         if augmentation is None: yield place, images.batch(index[place], size)
         else:
-            u = uniforms(seed, phase, "augment", epoch, index=index[place], size=N_AUGMENT)
+            u = uniforms(*stream, "augment", index=index[place], size=N_AUGMENT)
             yield place, augment(images.batch(index[place], augmentation.stored_size(size)), u, size, augmentation)
 
 # %% ../nbs/02_data.ipynb #cbe3561f
@@ -202,7 +200,7 @@ def glyphs_task(
                 CHARACTER_TEMPLATE, CHARACTER_TEMPLATES, NO_FLIP, Audit(train_labels, test_labels))
 
 # %% ../nbs/02_data.ipynb #5e547a0b
-HARD = Distortion(rotate=0.25, slant=0.5, stretch=0.3, shift=0.08, elastic=0.09, thickness=2, coarse=0.6, contrast=0.4, noise=0.15)
+HARD = Distortion(rotate=0.25, slant=0.7, stretch=0.3, shift=0.08, elastic=0.15, thickness=2, coarse=0.6, contrast=0.4, noise=0.15)
 
 @lru_cache
 def glyphs_dev_task()->Task:

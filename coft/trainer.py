@@ -8,6 +8,7 @@ __all__ = ['OPTIMIZERS', 'HEAD_INITS', 'HEAD_INPUTS', 'Schedule', 'train', 'Enco
 # %% ../nbs/06_trainer.ipynb #e127fd6f
 import logging, math, sys, time
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -64,6 +65,7 @@ def train(
     seed:int, # of the run
     phase:str, # name in the randomness rule and the progress bar
     progress:bool=True, # whether to show a bar
+    max_steps:int|None=None, # stop after so many steps, for estimates and checks
 )->list: # one dict per epoch: mean of each scalar, images_per_second
     "Train `module` in place; every random number is a function of (seed, phase, epoch, image index)"
     index = np.asarray(index)
@@ -75,10 +77,11 @@ def train(
     optimizer, rate = schedule.build(parameters, steps * schedule.epochs)
     wrapped, optimizer = accelerator.prepare(module, optimizer)
     history, bar = [], tqdm(total=schedule.epochs, desc=phase, unit="epoch", disable=not progress, leave=True, file=sys.stderr, mininterval=1)
-    for epoch in range(schedule.epochs):
-        begin, totals = time.perf_counter(), {}
-        for place, pixels in batches(images, index, schedule.batch_size, size, seed, phase, epoch, augmentation):
-            u = torch.from_numpy(uniforms(seed, phase, "loss", epoch, index=index[place], size=1)[:, 0])
+    left = max_steps or steps * schedule.epochs
+    for epoch in range(min(schedule.epochs, math.ceil(left / steps))):
+        begin, totals, seen = time.perf_counter(), {}, 0
+        for place, pixels in islice(batches(images, index, schedule.batch_size, size, (seed, phase, epoch), augmentation), left - epoch * steps):
+            u = torch.from_numpy(uniforms(seed, phase, epoch, "loss", index=index[place], size=1)[:, 0])
             batch = {"pixels": pixels, "u": u, **{k: v[place] for k, v in columns.items()}}
             scalars = wrapped(**{k: v.to(accelerator.device) for k, v in batch.items()})
             if not torch.isfinite(scalars["loss"]): raise FloatingPointError(f"{phase}: the loss is {scalars['loss'].item()} in epoch {epoch + 1} of {schedule.epochs}. Lower the learning rate (now {schedule.lr}).")
@@ -87,7 +90,8 @@ def train(
             optimizer.step()
             rate.step()
             for k, v in scalars.items(): totals[k] = totals.get(k, 0.0) + v.item() * len(place)
-        history.append({k: v / len(index) for k, v in totals.items()} | {"images_per_second": len(index) / (time.perf_counter() - begin)})
+            seen += len(place)
+        history.append({k: v / seen for k, v in totals.items()} | {"images_per_second": seen / (time.perf_counter() - begin)})
         bar.set_postfix_str(f"loss {history[-1]['loss']:.3f}, {history[-1]['images_per_second']:.0f} images/s", refresh=False)
         bar.update()
     bar.close()
