@@ -247,8 +247,6 @@ class PromptEncoder(nn.Module):
     @property
     def n_classes(self)->int: return len(self.tokens)
 
-    def __deepcopy__(self, memo): return self
-
 # %% ../nbs/01_clip.ipynb #298982a3
 def _plain(self:PromptEncoder,
     context:torch.Tensor, # [P, M, d_t] P sets of learnable vectors

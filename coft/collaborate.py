@@ -173,7 +173,8 @@ class CoFT(Method):
             model, histories[name] = phase2(clip, task, index, labels[index], head, settings, seed + g * PEER_SEED, name, progress)
             members.append(_member(model, clip))
         trace = fitted.trace | {"histories": histories} | {f"{k}_{g + 1}": d[i] for g, d in enumerate(directions) for i, k in enumerate(("labels", "accepted", "p_clean"))}
-        return Fitted(self.name, task.class_names, members, messages=messages, trace=trace, stages={CoFTPhase1.name: fitted})
+        facts = fitted.facts | {f"labels of model {g + 1} that its peer accepted": f"{a.sum()} of {len(a)}" for g, (_, a, _) in enumerate(directions)}
+        return Fitted(self.name, task.class_names, members, facts=facts, messages=messages, trace=trace, stages={CoFTPhase1.name: fitted})
 
 # %% ../nbs/07_collaborate.ipynb #fcf5a120
 class CoFTPhase1(Method):
@@ -200,4 +201,5 @@ def _fit_phase1(clip, task, seed, settings, progress):
     filled = np.flatnonzero(np.bincount(P.argmax(1), minlength=P.shape[1]) < settings.top_k)
     messages += [f"Class {task.class_names[k]!r} was found in only {(P.argmax(1) == k).sum()} images; its {settings.top_k} starting labels were {'completed with the nearest others' if settings.fill_short else 'left incomplete'}." for k in filled]
     trace = {"zero_shot": P, "selected_index": index, "selected_labels": labels, "histories": histories} | {f"phase1_probabilities_{g + 1}": v.probabilities for g, v in enumerate(views)}
-    return Fitted(CoFTPhase1.name, task.class_names, [_member(m, clip) for m in models], messages=messages, trace=trace), models
+    facts = {"unlabelled images": len(P), "images in S*": len(index), "images on which both models agree after Phase I": f"{100 * (views[0].labels == views[1].labels).mean():.1f} %"}
+    return Fitted(CoFTPhase1.name, task.class_names, [_member(m, clip) for m in models], facts=facts, messages=messages, trace=trace), models

@@ -200,12 +200,12 @@ def glyphs_task(
                 CHARACTER_TEMPLATE, CHARACTER_TEMPLATES, NO_FLIP, Audit(train_labels, test_labels))
 
 # %% ../nbs/02_data.ipynb #5e547a0b
-HARD = Distortion(rotate=0.25, slant=0.7, stretch=0.3, shift=0.08, elastic=0.15, thickness=2, coarse=0.6, contrast=0.4, noise=0.15)
+HARD = Distortion(rotate=0.25, slant=0.5, stretch=0.3, shift=0.08, elastic=0.14, thickness=2, coarse=0.6, contrast=0.4, noise=0.15)
 
 @lru_cache
 def glyphs_dev_task()->Task:
     "Digits in STIX fonts by 12 writers; every setting of the embedded preset is chosen here"
-    return glyphs_task("glyphs-dev", Writing("stix", "0123456789", 1200, distortion=HARD), n_test=2000, seed=1)
+    return glyphs_task("glyphs-dev", Writing("stix", "0123456789", 1200, imbalance=2.0, distortion=HARD), n_test=2000, seed=1)
 
 @lru_cache
 def glyphs_report_task()->Task:

@@ -168,7 +168,9 @@ class Writing:
     characters:str # one class each
     n:int # number of images
     writers:int=12 # number of writers
-    habit:float=0.8 # share of an image's deformation that is its writer's
+    school:float=0.8 # weight of the deformation that all writers share
+    habit:float=0.5 # weight of a writer's own
+    chance:float=0.4 # weight of what differs from image to image
     imbalance:float=1.0 # images of the most frequent class for one of the least frequent
     distortion:Distortion=Distortion() # strengths
 
@@ -187,12 +189,11 @@ def write_images(
     label = rng.permutation(np.arange(w.n) % classes) if w.imbalance == 1 else rng.choice(classes, w.n, p=share / share.sum())
     ink = outlines(w.family, w.characters)
     writer, font = rng.integers(w.writers, size=w.n), generator(seed, "writers", "font").integers(ink.shape[1], size=w.writers)
-    habits = generator(seed, "writers", "habit").random((w.writers, classes, N_SPATIAL), dtype=np.float32)
-    habits[..., :6] = habits[:, :1, :6]
-    pressure = generator(seed, "writers", "pressure").random(w.writers, dtype=np.float32)
-    spatial = w.habit * habits[writer, label] + (1 - w.habit) * rng.random((w.n, N_SPATIAL), dtype=np.float32)
+    shapes = generator(seed, "writers", "shapes").random((1 + w.writers, classes, N_SPATIAL), dtype=np.float32)
+    shapes[..., :6] = shapes[:, :1, :6]
+    spatial = 0.5 + w.school * (shapes[0, label] - 0.5) + w.habit * (shapes[1 + writer, label] - 0.5) + w.chance * (rng.random((w.n, N_SPATIAL), dtype=np.float32) - 0.5)
     tone = rng.random((w.n, N_TONE), dtype=np.float32)
-    tone[:, 0] = w.habit * pressure[writer] + (1 - w.habit) * tone[:, 0]
+    tone[:, 0] = 0.7 * generator(seed, "writers", "pressure").random(w.writers, dtype=np.float32)[writer] + 0.3 * tone[:, 0]
     noise = rng.standard_normal((w.n, size, size), dtype=np.float32)
     parts = [distort(ink[label[s], font[writer[s]]], *(torch.from_numpy(a[s]) for a in (spatial, tone, noise)), w.distortion)
              for s in (slice(i, i + chunk) for i in range(0, w.n, chunk))]

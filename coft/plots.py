@@ -74,15 +74,18 @@ LINES = {True: dict(color=BLUE, marker="o", linestyle="-", markersize=5), False:
 BARS = {True: dict(facecolor=BLUE, edgecolor="black", linewidth=0.4), False: dict(facecolor="#f7d9a8", edgecolor=ORANGE, linewidth=0.4, hatch="/////")}
 
 # %% ../nbs/11_plots.ipynb #a550290f
-def _figure(width, height):
-    "An empty figure (inches) that pyplot does not hold on to: a notebook shows it once, and memory is freed with it"
+def _figure(width, height, gap=0.04):
+    "An empty figure (sizes in inches) that pyplot does not hold on to: a notebook shows it once, and memory is freed with it"
     figure = plt.figure(figsize=(width, height), dpi=70, layout="constrained")
+    figure.get_layout_engine().set(w_pad=gap)
     plt.close(figure)
     return figure
 
 def _legend_above(axis, **kwargs): axis.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, borderaxespad=0.2, **kwargs)
 
-def _short(name, width=24): return name if len(name) <= width else name[:width - 1].rstrip() + "…"
+def _short(name, width=24):
+    "Long names keep their beginning and their end, where similar names differ"
+    return name if len(name) <= width else f"{name[:width // 2 - 1].rstrip()}…{name[-(width // 2):].lstrip()}"
 
 def _percent(share): return "none" if np.isnan(share) else f"{100 * share:.1f} %"
 
@@ -112,7 +115,7 @@ def plot_class_quality(
 ): # matplotlib Figure
     "Precision and recall per class: S* against what the peers accepted"
     table, C = class_quality(view), len(view.class_names)
-    figure = _figure(8, 1.2 + (0.3 if C <= 20 else 0.21) * max(C, 4))
+    figure = _figure(8, 1.2 + (0.3 if C <= 20 else 0.21) * max(C, 4), gap=0.1)
     axes = figure.subplots(1, 2, sharey=True)
     for axis, what in zip(axes, ("precision", "recall")):
         for is_accepted, name in enumerate(("S*", "accepted")):
@@ -160,7 +163,7 @@ def plot_clean_histogram(
 ): # matplotlib Figure
     "Histograms of p_clean for right and for wrong labels, one panel per direction"
     judged = judged_labels(view)
-    figure = _figure(8, 3.4)
+    figure = _figure(8, 3.4, gap=0.1)
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (g, part) in zip(axes, judged.groupby("model")):
         for right in (True, False):
@@ -168,7 +171,7 @@ def plot_clean_histogram(
             place, count = (np.arange(bins) + (0.3 if right else 0.7)) / bins, np.bincount(in_bins(p.p_clean, bins), minlength=bins)
             axis.bar(place, count, 0.4 / bins, label=f"{'right' if right else 'wrong'}: {len(p)}, {p.accepted.sum()} of them accepted", **BARS[right])
         axis.axvline(0.5, color="black", linestyle=":")
-        axis.set(xlim=(0, 1), yscale="log", xlabel=f"$p_\\mathrm{{clean}}$ by model {3 - g} (accepted above 1/2)")
+        axis.set(xlim=(0, 1), yscale="log", xlabel=f"$p_\\mathrm{{clean}}$ by model {3 - g} (0 to 1; dotted: 1/2)")
         _legend_above(axis, title=f"labels of model {g}", alignment="left")
     axes[0].set(ylim=(0.7, None), ylabel="labels (count, log scale)")
     sns.despine(figure)
@@ -263,10 +266,10 @@ def plot_confusion(
 ): # matplotlib Figure
     "Confusion on the test split before and after, in percent of each true class"
     C = len(view.class_names)
-    wide, side = C <= 20, max(0.3 * C, 2) if C <= 20 else 0.165 * C
-    figure = _figure(2 * side + 3, side + 1.6) if wide else _figure(side + 2.4, 2 * side + 4)
+    wide, names = C <= 20, [_short(n) for n in view.class_names]
+    size, side, text = (9, max(0.3 * C, 2), 0.085 * max(map(len, names))) if wide else (7, 0.165 * C, 0.065 * max(map(len, names)))
+    figure = _figure(2 * side + text + 2, side + text + 0.8) if wide else _figure(side + text + 1.8, 2 * (side + text + 0.8))
     axes = figure.subplots(*((1, 2) if wide else (2, 1)), sharey=wide)
-    names, size = [_short(n, 18) for n in view.class_names], 9 if wide else 7
     for axis, P, title in zip(axes, (view.test_before, view.test_after), ("before (zero-shot)", "after")):
         share = confusion_percent(P.argmax(1), view.test_truth, C)
         axis.set_facecolor("0.85")
@@ -291,7 +294,7 @@ def image_groups(
     t = judged_labels(view).sort_values("p_clean", ascending=False, kind="stable")
     unsure = t.confidence < low
     return {"accepted, right": t[t.accepted & t.right], "accepted, wrong": t[t.accepted & ~t.right], "rejected, right": t[~t.accepted & t.right],
-            "rejected, wrong": t[~t.accepted & ~t.right], f"recovered: accepted though softmax confidence below {low:g}": t[t.accepted & unsure]}
+            "rejected, wrong": t[~t.accepted & ~t.right], f"recovered (accepted, confidence below {low:g})": t[t.accepted & unsure]}
 
 def evenly_spaced(
     table:pd.DataFrame, # rows in some order
@@ -307,25 +310,28 @@ def plot_images(
     low:float=0.5, # confidence below which an accepted label counts as recovered
 ): # matplotlib Figure
     "Images by what became of their label: the label given and, where it is wrong, the true one"
-    groups, n = image_groups(view, low), check_number("per_row", per_row, low=1, integer=True)
-    figure = _figure(0.78 * max(n, 6), 1.3 * len(groups))
-    for part, (name, table) in zip(figure.subfigures(len(groups), 1), groups.items()):
-        axes, shown = part.subplots(1, n, squeeze=False)[0], evenly_spaced(table.drop_duplicates("image"), n)
-        for axis in axes: axis.axis("off")
+    n = check_number("per_row", per_row, low=1, integer=True)
+    groups = image_groups(view, low)
+    shown = [evenly_spaced(table.drop_duplicates("image"), n) for table in groups.values()]
+    titles = [[_title(view.class_names[g], view.class_names[t]) for g, t in zip(table.given, table.true)] for table in shown]
+    heights = [1 + 0.13 * max(t.count("\n") + 1 for t in row) if row else 0.35 for row in titles]
+    figure = _figure(max(0.78 * n, 6), sum(heights))
+    for part, (name, table), some, row in zip(figure.subfigures(len(groups), 1, height_ratios=heights), groups.items(), shown, titles):
         part.suptitle(f"{name}: {_group_size(table)}", x=0.01, ha="left", fontsize=10)
-        if len(shown): _show_row(axes, view.thumbnails(shown.image.tolist()), shown, view.class_names)
+        if row: _show_images(part.subplots(1, n, squeeze=False)[0], view.thumbnails(some.image.tolist()), row)
     return figure
 
-def _show_row(axes, pixels, table, names):
-    for axis, image, given, true in zip(axes, np.asarray(pixels), table.given, table.true):
+def _show_images(axes, pixels, titles):
+    for axis in axes: axis.axis("off")
+    for axis, image, title in zip(axes, np.asarray(pixels), titles):
         axis.imshow(image.transpose(1, 2, 0), interpolation="nearest")
-        axis.set_title(_wrapped(names[given]) + ("" if given == true else f"\nis {_wrapped(names[true])}"), fontsize=7, pad=2)
+        axis.set_title(title, fontsize=7, pad=2)
 
 def _group_size(table):
     if table.empty: return "none in this run"
     return f"{len(table)} labels" + ("" if table.right.nunique() == 1 else f", {table.right.sum()} of them right")
 
-def _wrapped(name): return textwrap.fill(name, 12, max_lines=2, placeholder="…")
+def _title(given, true): return "\n".join(textwrap.fill(line, 13, max_lines=2, placeholder="…") for line in ([given] if given == true else [given, f"is {true}"]))
 
 # %% ../nbs/11_plots.ipynb #3f48772c
 def plot_accuracies(
@@ -341,7 +347,7 @@ def plot_accuracies(
     start = table["mean"].get(reference, np.nan)
     for place, (name, row) in enumerate(table.iterrows()):
         seeds = np.ravel(accuracies[name])
-        axis.barh(place, np.nan_to_num(row.gain), 0.62, left=np.nan_to_num(start), **(BARS[True] if name in highlight else OTHER))
+        if abs(row.gain) > 0: axis.barh(place, row.gain, 0.62, left=start, **(BARS[True] if name in highlight else OTHER))
         axis.errorbar(row["mean"], place, xerr=row["std"], color="black", capsize=4)
         axis.plot(seeds, np.full(len(seeds), place), "o", color="white", markeredgecolor="black", markersize=5, zorder=3)
         axis.text(1.02, place, _gain_text(row), transform=axis.get_yaxis_transform(), va="center", fontweight="bold" if name in highlight else "normal")
@@ -349,7 +355,7 @@ def plot_accuracies(
     axis.set_yticks(range(len(table)), table.index)
     axis.set(xlim=_limits(accuracies, table), ylim=(len(table) - 0.5, -0.5), xlabel="test accuracy (%); dots: seeds, black: mean ± standard deviation", axisbelow=True)
     axis.set_title(title, fontsize=11, loc="left")
-    axis.text(1.02, 1.02, "mean (gain)", transform=axis.transAxes, va="bottom")
+    axis.text(1.02, 1.02, "mean" if np.isnan(start) else "mean (gain)", transform=axis.transAxes, va="bottom")
     axis.grid(axis="x", alpha=0.4)
     sns.despine(figure)
     return figure
@@ -386,6 +392,6 @@ def save_figure(
     "Write a figure as PNG, whole or not at all, and close it"
     path = Path(path)
     if path.suffix != ".png": raise ValueError(f"path: figures are written as PNG, but {path.name!r} does not end in '.png'.")
-    with replace_file(path) as temporary: figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
+    with replace_file(path) as temporary: figure.savefig(temporary, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
     return path

@@ -36,6 +36,7 @@ class Fitted:
     class_names:list # C names
     members:list # functions from an image set to probabilities [n, C]; one, or one per model
     settings:dict=field(default_factory=dict) # all settings that were used
+    facts:dict=field(default_factory=dict) # what can be said about the run without any label
     messages:list=field(default_factory=list) # sentences that a user should read
     trace:dict=field(default_factory=dict, repr=False) # arrays for plots and reports
     stages:dict=field(default_factory=dict, repr=False) # registered name -> `Fitted` of an earlier stage
@@ -50,6 +51,11 @@ class Fitted:
 
     def predict(self, images)->np.ndarray: # [n] class indices
         return self.predict_proba(images).argmax(1)
+
+    def _repr_markdown_(self):
+        facts = {"classes": len(self.class_names), "models": len(self.members)} | self.facts
+        rows = "".join(f"| {k} | {v} |\n" for k, v in facts.items())
+        return f"**{self.method}**\n\n| | |\n|---|---|\n{rows}\n" + "".join(f"- {m}\n" for m in self.messages)
 
 # %% ../nbs/06a_protocol.ipynb #5fa7b4a8
 METHODS = {}

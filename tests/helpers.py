@@ -1,0 +1,33 @@
+"What several test files share and is no fixture."
+import inspect
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# CoFT on the small task in about a second, whatever the presets hold
+QUICK = dict(preset="paper", top_k=4, n_context=4, n_visual=4, phase1_optimizer="adamw", phase1_lr=1e-3, phase1_epochs=2,
+             phase1_batch_size=8, phase2_optimizer="adamw", phase2_lr=1e-4, phase2_epochs=1, phase2_batch_size=16)
+
+
+def remember_models(monkeypatch):
+    "Patch both phases of CoFT; the dictionary returned will hold every model that they train, by the name of its phase."
+    import coft.collaborate
+    models = {}
+
+    def remember(function):
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            models[inspect.signature(function).bind(*args, **kwargs).arguments["name"]] = result[0]
+            return result
+        return call
+
+    for name in ("phase1", "phase2"):
+        monkeypatch.setattr(coft.collaborate, name, remember(getattr(coft.collaborate, name)))
+    return models
+
+
+def same_tensors(a, b):
+    "Whether two modules hold the same numbers, bit for bit."
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
