@@ -40,7 +40,7 @@ def check_device()->Check:
 def check_weights()->Check:
     "Whether the embedded weights load and are those of their card"
     from coft.clip import load_clip
-    try: return Check("weights", True, repr(load_clip("embedded")))
+    try: return Check("weights", True, repr(load_clip()))
     except Exception as e: return Check("weights", False, f"{type(e).__name__}: {e}", "Install the package again: pip install --force-reinstall --no-deps coft")
 
 def check_data()->Check:

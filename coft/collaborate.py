@@ -18,7 +18,7 @@ from .adapters import DEPTHS, VisualPrompt
 from .clip import FrozenCLIP, load_clip, zero_shot_head
 from .core import check_choice, check_number, expect_error
 from .data import Task, batches, load_task
-from .filtering import Similarities, label_quality, select_topk, selection_warnings, softmax_probabilities
+from .filtering import Similarities, collapse_warning, label_quality, select_topk, selection_warnings, softmax_probabilities
 from .prompts import L2_GRAD, DualPrompt, dual_prompt_losses, random_complement
 from .protocol import Fitted, Method
 from .trainer import HEAD_INITS, HEAD_INPUTS, OPTIMIZERS, EncoderWithHead, Schedule, predict, train
@@ -172,6 +172,7 @@ class CoFT(Method):
             index, head = np.flatnonzero(accepted), models[g].prompt()[0]
             model, histories[name] = phase2(clip, task, index, labels[index], head, settings, seed + g * PEER_SEED, name, progress)
             members.append(_member(model, clip))
+            messages += collapse_warning(members[-1](task.unlabelled).argmax(1), task.class_names, f"model {g + 1} of Phase II")
         trace = fitted.trace | {"histories": histories} | {f"{k}_{g + 1}": d[i] for g, d in enumerate(directions) for i, k in enumerate(("labels", "accepted", "p_clean"))}
         facts = fitted.facts | {f"labels of model {g + 1} that its peer accepted": f"{a.sum()} of {len(a)}" for g, (_, a, _) in enumerate(directions)}
         return Fitted(self.name, task.class_names, members, facts=facts, messages=messages, trace=trace, stages={CoFTPhase1.name: fitted})
@@ -197,7 +198,7 @@ def _fit_phase1(clip, task, seed, settings, progress):
         model, histories[name] = phase1(clip, task, index, labels, settings, seed + g * PEER_SEED, name, progress)
         models.append(model)
     views = [m.similarities(task.unlabelled) for m in models]
-    messages = [w for g, v in enumerate(views) for w in selection_warnings(v.labels, np.ones(len(P), bool), task.class_names, f"model {g + 1} of Phase I") if "collapsed" in w]
+    messages = [w for g, v in enumerate(views) for w in collapse_warning(v.labels, task.class_names, f"model {g + 1} of Phase I")]
     filled = np.flatnonzero(np.bincount(P.argmax(1), minlength=P.shape[1]) < settings.top_k)
     messages += [f"Class {task.class_names[k]!r} was found in only {(P.argmax(1) == k).sum()} images; its {settings.top_k} starting labels were {'completed with the nearest others' if settings.fill_short else 'left incomplete'}." for k in filled]
     trace = {"zero_shot": P, "selected_index": index, "selected_labels": labels, "histories": histories} | {f"phase1_probabilities_{g + 1}": v.probabilities for g, v in enumerate(views)}

@@ -116,9 +116,9 @@ def replace_file(
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
-    os.chmod(temporary, 0o666 & ~_umask())
     try:
         yield Path(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     finally: Path(temporary).unlink(missing_ok=True)
 

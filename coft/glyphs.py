@@ -240,4 +240,4 @@ def write_caption(
 # %% ../nbs/01a_glyphs.ipynb #a4adefc8
 def caption_words()->list:
     "Texts that together hold every word the captions, templates and shapes use"
-    return [*map(character_name, CHARACTERS), *SHAPES.values(), *CAPTIONS, *OPENINGS, *STYLES, "a letter , . : is are with and of type handwritten"]
+    return [*map(character_name, CHARACTERS), *SHAPES.values(), *(c.replace("{}", "") for c in CAPTIONS), *OPENINGS, *STYLES, "a letter , . : is are with and of type handwritten"]

@@ -39,9 +39,9 @@ def relabelled(task):
 
 @pytest.fixture(scope="session")
 def photos():
-    "16 unlabelled and 5 test images of random colours, 64 pixels wide."
+    "8 unlabelled and 3 test images of random colours, 64 pixels wide."
     rng = np.random.default_rng(0)
-    train, test = (ArrayImages(rng.integers(256, size=(n, 64, 64, 3), dtype=np.uint8)) for n in (16, 5))
+    train, test = (ArrayImages(rng.integers(256, size=(n, 64, 64, 3), dtype=np.uint8)) for n in (8, 3))
     return Task("photos", ["cat", "golden retriever", "aeroplane"], train, test)
 
 

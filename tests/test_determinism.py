@@ -41,14 +41,6 @@ def test_another_seed_gives_another_result(clip, task, quick_run):
     assert (other.predict_all(task.test) != quick_run.fitted.predict_all(task.test)).any()
 
 
-def test_a_run_leaves_the_global_random_states_alone(clip, task, quick):
-    torch.manual_seed(3)
-    np.random.seed(3)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    CoFT(**quick).fit(clip, task, progress=False)
-    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
-
-
 # Batches
 
 def passed(task, batch_size, stream=(0, "phase", 0), index=range(20)):
@@ -80,7 +72,7 @@ def test_order_and_views_differ_by_seed_phase_and_epoch(task, other):
 
 
 def test_random_numbers_are_those_of_the_first_release():
-    assert generator(0, "phase", 3, index=5).random() == uniforms(0, "phase", 3, index=[5], size=1)[0, 0] == pytest.approx(FIRST_NUMBER, abs=0)
+    assert generator(0, "phase", 3, index=5).random() == uniforms(0, "phase", 3, index=[5], size=1)[0, 0] == 0.422929893841991
 
 
 # Threads
@@ -95,7 +87,7 @@ def one_step(model, batch):
 @pytest.mark.parametrize("phase", [1, 2])
 def test_gradient_of_one_step_agrees_across_thread_counts(clip, task, phase):
     model = PromptedModel(clip, task.class_names, CoFTSettings(), seed=0) if phase == 1 else EncoderWithHead(clip, 4)
-    batch = dict(pixels=task.unlabelled.batch(range(32), 24), label=torch.arange(32) % 4, u=torch.linspace(0, 0.9, 32))
+    batch = dict(pixels=task.unlabelled.batch(range(16), 24), label=torch.arange(16) % 4, u=torch.linspace(0, 0.9, 16))
     gradients = []
     for n in (1, 2):
         with threads(n):
@@ -120,7 +112,7 @@ def twenty_steps(task, phase, n_threads):
     settings = CoFTSettings(n_context=4, n_visual=4)
     model = Double(PromptedModel(clip, task.class_names, settings, seed=0) if phase == 1 else EncoderWithHead(clip, 4))
     with threads(n_threads):
-        train(model, task.unlabelled, range(40), {"label": np.arange(40) % 4}, Schedule(lr=0.01, epochs=4, batch_size=8), 24, task.augmentation, 0, "double", progress=False)
+        train(model, task.unlabelled, range(20), {"label": np.arange(20) % 4}, Schedule(lr=0.01, epochs=4, batch_size=4), 24, task.augmentation, 0, "double", progress=False)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
