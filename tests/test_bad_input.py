@@ -278,7 +278,9 @@ def test_a_record_whose_arrays_are_gone_is_run_again(records):
     (dict(methods=["coft", None]), ["methods: None", "coft"]),
     (dict(model=3), ["model: 3"]),
     (dict(model="embeded"), ["model: 'embeded'", "'embedded'"]),
+    (dict(model="ViT-B-32"), ["pretrained: nothing was given for 'ViT-B-32'", "laion2b_s34b_b79k"]),
     (dict(pretrained=3), ["pretrained: 3"]),
+    (dict(model="ViT-B-32", pretrained=3), ["pretrained: 3"]),
     (dict(seeds="0"), ["seeds: '0'", "whole numbers"]),
     (dict(seeds=1.0), ["seeds: 1.0", "whole numbers"]),
     (dict(seeds=[0, -1]), ["seeds: -1", "from 0"]),
@@ -299,8 +301,9 @@ def test_a_record_whose_arrays_are_gone_is_run_again(records):
     (dict(progress="yes"), ["progress: 'yes'", "true or false"]),
     (dict(progress=1), ["progress: 1", "true or false"]),
 ], ids=str)
-def test_wrong_types_and_values_of_parameters(given, parts):
-    assert_says(message_of(lambda: Parameters(**given)), *parts)
+def test_wrong_types_and_values_of_parameters(tmp_path, monkeypatch, given, parts):
+    monkeypatch.setattr("coft.experiment.find_or_run", lambda *args: pytest.fail(f"a run was started with {given}"))
+    assert_says(message_of(lambda: run_experiment(Parameters(**dict(out_dir=str(tmp_path)) | given))), *parts)
 
 
 @pytest.mark.parametrize("name, text", [("seeds", "[0, 1, 2]"), ("methods", "[coft, zero-shot]"), ("tasks", '["digits"]'), ("tables", "[coft-1]")])
