@@ -15,7 +15,7 @@ demo:  ## install into .venv and run the main job
 test:  ## install with the dev extra and run everything that CI runs
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
-	$(BIN)/nbdev_test --do_print
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --do_print
 	$(BIN)/papermill nbs/experiments.ipynb results/smoke.ipynb --cwd nbs -p methods zero-shot -p out_dir results/smoke
 	$(BIN)/python .ci/readme.py --check
 	$(BIN)/python .ci/check_docs.py
