@@ -16,7 +16,7 @@ from torch import nn
 
 from .adapters import DEPTHS, VisualPrompt
 from .clip import FrozenCLIP, load_clip, zero_shot_head
-from .core import check_choice, check_number, expect_error
+from .core import check_choice, check_flag, check_number, expect_error
 from .data import Task, batches, load_task
 from .filtering import Similarities, collapse_warning, label_quality, select_topk, selection_warnings, softmax_probabilities
 from .prompts import L2_GRAD, DualPrompt, dual_prompt_losses, random_complement
@@ -55,6 +55,7 @@ class CoFTSettings:
             check_choice(name, getattr(self, name), allowed)
         for name in ("top_k", "n_context", "n_visual"): check_number(name, getattr(self, name), low=1, integer=True)
         for name in ("context_std", "l2_weight"): check_number(name, getattr(self, name), low=0)
+        for name in ("fill_short", "strict_filter"): check_flag(name, getattr(self, name))
         self.schedule(1), self.schedule(2)
 
     def schedule(self, phase:int)->Schedule:
@@ -123,7 +124,7 @@ def phase1(
 ): # (PromptedModel, history)
     "Train the light modules of one model on S* (section 2.4)"
     model = PromptedModel(clip, task.class_names, settings, seed)
-    history = train(model, task.unlabelled, index, {"label": labels}, settings.schedule(1), clip.image_size, task.augmentation, seed, name, progress)
+    history = train(model, task.unlabelled, index, {"label": labels}, settings.schedule(1), clip.image_size, task.augmentation, seed, "phase1", progress, name)
     return model, history
 
 # %% ../nbs/07_collaborate.ipynb #c25929ed
@@ -148,7 +149,7 @@ def phase2(
 ): # (EncoderWithHead, history)
     "Fully fine-tune an image tower with a head on accepted labels (Eq. 7)"
     model = EncoderWithHead(clip, len(task.class_names), text_head if settings.head_init == "text" else None, settings.head_input, seed)
-    history = train(model, task.unlabelled, index, {"label": labels}, settings.schedule(2), clip.image_size, task.augmentation, seed, name, progress)
+    history = train(model, task.unlabelled, index, {"label": labels}, settings.schedule(2), clip.image_size, task.augmentation, seed, "phase2", progress, name)
     return model, history
 
 # %% ../nbs/07_collaborate.ipynb #6d8ca655

@@ -17,7 +17,7 @@ import pandas as pd
 
 import coft.rivals
 from .clip import PROFILE_MODELS, load_clip
-from .core import check_choice, expect_error, replace_file
+from .core import check_choice, check_flag, expect_error, replace_file
 from .data import PROFILE_TASKS, TASKS, load_task
 from .protocol import METHODS, PRESET_NAMES, get_method
 from .results import SCHEMA, Records, accuracy_table, git_state, installed_versions, machine_name, measured, published_names, published_table, record_key, table_markdown
@@ -48,15 +48,20 @@ class Parameters:
         model, pretrained = PROFILE_MODELS[check_choice("profile", self.profile, PROFILE_MODELS)]
         if self.model is None: self.model, self.pretrained = model, self.pretrained or pretrained
         self.tables = _names("tables", self.tables, TABLES)
-        self.tasks = _names("tasks", self.tasks or PROFILE_TASKS[self.profile], TASKS)
-        self.methods = _names("methods", self.methods or DEFAULT_METHODS, METHODS)
+        self.tasks = _names("tasks", PROFILE_TASKS[self.profile] if self.tasks is None else self.tasks, TASKS)
+        self.methods = _names("methods", DEFAULT_METHODS if self.methods is None else self.methods, METHODS)
         self.seeds = _seeds(self.seeds)
         self.out_dir = str(_text("out_dir", self.out_dir))
         check_choice("device", self.device, DEVICES)
-        if not isinstance(self.progress, bool): raise ValueError(f"progress: {self.progress!r} was given; true or false is needed.")
+        check_flag("progress", self.progress)
+        for name in ("model", "pretrained"):
+            if not isinstance(getattr(self, name), (str, type(None))): raise ValueError(f"{name}: {getattr(self, name)!r} was given; a text is needed.")
         if self.data_root is not None and not Path(_text("data_root", self.data_root)).is_dir(): raise ValueError(f"data_root: there is no folder {self.data_root!r}.")
         if not isinstance(self.settings, dict) or not all(isinstance(v, dict) for v in self.settings.values()): raise ValueError(f"settings: {self.settings!r} was given; a mapping from method to settings is needed, e.g. -y 'settings: {{coft: {{top_k: 8}}}}'.")
-        for name, overrides in self.settings.items(): get_method(name, **overrides)
+        for name, overrides in self.settings.items():
+            for key in overrides:
+                if not isinstance(key, str) or key == "name": raise ValueError(f"settings: {key!r} was given as a setting of {name}; the name of a setting is needed.")
+            get_method(name, **overrides)
 
 # %% ../nbs/12_experiment.ipynb #bf260b86
 def _text(parameter, given):
@@ -72,7 +77,7 @@ def _names(parameter, given, allowed):
     for i in items:
         if _list_hint(parameter, i): raise ValueError(f"{parameter}:{_list_hint(parameter, i)}")
         check_choice(parameter, i, [*allowed, *(["all"] if parameter != "tasks" else [])])
-    return list(dict.fromkeys(items))
+    return list(allowed) if "all" in items else list(dict.fromkeys(items))
 
 def _seeds(given):
     items = list(given) if isinstance(given, (list, tuple, range)) else [given]
@@ -102,7 +107,7 @@ def project_root(
     return next(inside, start)
 
 # %% ../nbs/12_experiment.ipynb #aa93963b
-@dataclass
+@dataclass(repr=False)
 class Experiment:
     "Finished runs of a job, its table and its figures"
     parameters:Parameters # what was asked for
@@ -111,6 +116,8 @@ class Experiment:
     table:pd.DataFrame # from `accuracy_table`
     figures:dict # name -> path of a PNG
     notes:list # sentences that a user should read
+
+    def __repr__(self): return f"Experiment({len(self.runs)} runs: {', '.join(dict.fromkeys(r['method'] for r in self.runs))} on {', '.join(self.parameters.tasks)})"
 
     def _repr_markdown_(self):
         notes = "".join(f"- {n}\n" for n in self.notes)

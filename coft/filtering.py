@@ -62,7 +62,8 @@ class Similarities:
     )->np.ndarray: # [N]
         "Probability that each label is right (Eq. 5)"
         rows = np.arange(len(labels))
-        return torch.from_numpy((self.positive[rows, labels] - self.negative[rows, labels]) / self.tau).sigmoid().numpy()
+        gap = self.positive[rows, labels].astype(np.float64) - self.negative[rows, labels]
+        return torch.from_numpy(gap / self.tau).sigmoid().numpy()
     def accepts(self,
         labels:np.ndarray, # [N] labels to judge
         strict:bool=False, # also require the label to have the largest p_clean of all classes

@@ -29,7 +29,7 @@ def preset(
     return json.loads((PRESETS/f"{name}.json").read_text()).get(method, {})
 
 # %% ../nbs/06a_protocol.ipynb #2ddbb07e
-@dataclass
+@dataclass(repr=False)
 class Fitted:
     "A fitted method: probabilities for images, and what there is to tell about how it was made"
     method:str # registered name
@@ -51,6 +51,8 @@ class Fitted:
 
     def predict(self, images)->np.ndarray: # [n] class indices
         return self.predict_proba(images).argmax(1)
+
+    def __repr__(self): return f"Fitted({self.method!r}, {len(self.class_names)} classes, {len(self.members)} model(s))"
 
     def _repr_markdown_(self):
         facts = {"classes": len(self.class_names), "models": len(self.members)} | self.facts

@@ -94,7 +94,7 @@ class Records:
     def load(self)->list: # of dicts
         "All whole records, in the order of writing"
         if not self.path.exists(): return []
-        with self.lock: lines = self.path.read_text().splitlines()
+        with self.lock: lines = self.path.read_text(errors="replace").splitlines()
         parsed = [_parse(l) for l in lines]
         cut = [l for l, p in zip(lines, parsed) if p is None and l.strip()]
         if cut: self._set_aside(cut)
@@ -102,7 +102,7 @@ class Records:
 
     def _set_aside(self, cut):
         with self.lock:
-            lines = [l for l in self.path.read_text().splitlines() if _parse(l) is not None]
+            lines = [l for l in self.path.read_text(errors="replace").splitlines() if _parse(l) is not None]
             with open(self.folder/"records.cut.jsonl", "a") as f: f.writelines(l + "\n" for l in cut)
             with replace_file(self.path) as temporary: temporary.write_text("".join(l + "\n" for l in lines))
         print(f"{self.path.name}: {len(cut)} line(s) were cut off or damaged and are now in records.cut.jsonl; the other {len(lines)} are whole.")

@@ -13,7 +13,7 @@ import numpy as np
 
 from .clip import load_clip, zero_shot_head
 from .collaborate import TEMPLATE_SETS, first_labels
-from .core import check_choice, check_number, expect_error
+from .core import check_choice, check_flag, check_number, expect_error
 from .data import load_task
 from .filtering import select_topk, softmax_probabilities
 from .protocol import METHODS, Fitted, Method, get_method
@@ -85,6 +85,7 @@ class TopKSettings(FineTuneSettings):
         super().__post_init__()
         check_choice("template_set", self.template_set, TEMPLATE_SETS)
         check_number("top_k", self.top_k, low=1, integer=True)
+        check_flag("fill_short", self.fill_short)
 
 class TopK(Method):
     "Full fine-tuning on the K most confident zero-shot labels of each class"

@@ -63,20 +63,21 @@ def train(
     size:int, # side of the views in pixels
     augmentation, # `Augmentation` of the task
     seed:int, # of the run
-    phase:str, # name in the randomness rule and the progress bar
+    phase:str, # name in the randomness rule, e.g. "phase1"; the same for models that differ only in their seed
     progress:bool=True, # whether to show a bar
+    title:str="", # of the bar and of messages; the phase by default
     max_steps:int|None=None, # stop after so many steps, for estimates and checks
 )->list: # one dict per epoch: mean of each scalar, images_per_second
     "Train `module` in place; every random number is a function of (seed, phase, epoch, image index)"
-    index = np.asarray(index)
-    if not len(index): raise ValueError(f"{phase}: there is no image to train on.")
+    index, title = np.asarray(index), title or phase
+    if not len(index): raise ValueError(f"{title}: there is no image to train on.")
     columns = {k: torch.as_tensor(np.asarray(v)) for k, v in columns.items()}
     parameters = [p for p in module.parameters() if p.requires_grad]
     accelerator = _accelerator(parameters[0].device)
     steps = math.ceil(len(index) / schedule.batch_size)
     optimizer, rate = schedule.build(parameters, steps * schedule.epochs)
     wrapped, optimizer = accelerator.prepare(module, optimizer)
-    history, bar = [], tqdm(total=schedule.epochs, desc=phase, unit="epoch", disable=not progress, leave=True, file=sys.stderr, mininterval=1)
+    history, bar = [], tqdm(total=schedule.epochs, desc=title, unit="epoch", disable=not progress, leave=True, file=sys.stderr, mininterval=1)
     left = max_steps or steps * schedule.epochs
     for epoch in range(min(schedule.epochs, math.ceil(left / steps))):
         begin, totals, seen = time.perf_counter(), {}, 0
@@ -84,7 +85,7 @@ def train(
             u = torch.from_numpy(uniforms(seed, phase, epoch, "loss", index=index[place], size=1)[:, 0])
             batch = {"pixels": pixels, "u": u, **{k: v[place] for k, v in columns.items()}}
             scalars = wrapped(**{k: v.to(accelerator.device) for k, v in batch.items()})
-            if not torch.isfinite(scalars["loss"]): raise FloatingPointError(f"{phase}: the loss is {scalars['loss'].item()} in epoch {epoch + 1} of {schedule.epochs}. Lower the learning rate (now {schedule.lr}).")
+            if not torch.isfinite(scalars["loss"]): raise FloatingPointError(f"{title}: the loss is {scalars['loss'].item()} in epoch {epoch + 1} of {schedule.epochs}. Lower the learning rate (now {schedule.lr}).")
             optimizer.zero_grad()
             accelerator.backward(scalars["loss"])
             optimizer.step()
