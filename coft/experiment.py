@@ -59,8 +59,8 @@ class Parameters:
         if self.data_root is not None and not Path(_text("data_root", self.data_root)).is_dir(): raise ValueError(f"data_root: there is no folder {self.data_root!r}.")
         if not isinstance(self.settings, dict) or not all(isinstance(v, dict) for v in self.settings.values()): raise ValueError(f"settings: {self.settings!r} was given; a mapping from method to settings is needed, e.g. -y 'settings: {{coft: {{top_k: 8}}}}'.")
         for name, overrides in self.settings.items():
-            for key in overrides:
-                if not isinstance(key, str) or key == "name": raise ValueError(f"settings: {key!r} was given as a setting of {name}; the name of a setting is needed.")
+            allowed = [f.name for f in fields(METHODS[check_choice("method", name, METHODS)].Settings)]
+            for key in overrides: check_choice(f"setting of {name}", key, [*allowed, "preset"])
             get_method(name, **overrides)
 
 # %% ../nbs/12_experiment.ipynb #bf260b86
