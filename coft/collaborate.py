@@ -18,7 +18,7 @@ from .adapters import DEPTHS, VisualPrompt
 from .clip import FrozenCLIP, load_clip, zero_shot_head
 from .core import check_choice, check_flag, check_number, expect_error
 from .data import Task, batches, load_task
-from .filtering import Similarities, collapse_warning, label_quality, select_topk, selection_warnings, softmax_probabilities
+from .filtering import Similarities, collapse_warning, select_topk, selection_warnings, softmax_probabilities
 from .prompts import L2_GRAD, DualPrompt, dual_prompt_losses, random_complement
 from .protocol import Fitted, Method
 from .trainer import HEAD_INITS, HEAD_INPUTS, OPTIMIZERS, EncoderWithHead, Schedule, predict, train
@@ -160,8 +160,8 @@ class CoFT(Method):
     name, Settings, stages = "coft", CoFTSettings, ("coft-phase1",)
 
     def _fit(self, clip, task, seed, settings, progress):
-        fitted, models = _fit_phase1(clip, task, seed, settings, progress)
-        directions = cross_validate([m.similarities(task.unlabelled) for m in models], settings.strict_filter)
+        fitted, models, views = _fit_phase1(clip, task, seed, settings, progress)
+        directions = cross_validate(views, settings.strict_filter)
         members, messages, histories = [], list(fitted.messages), dict(fitted.trace["histories"])
         for g, (labels, accepted, _) in enumerate(directions):
             messages += selection_warnings(labels, accepted, task.class_names, f"model {g + 1}")
@@ -204,4 +204,4 @@ def _fit_phase1(clip, task, seed, settings, progress):
     messages += [f"Class {task.class_names[k]!r} was found in only {(P.argmax(1) == k).sum()} images; its {settings.top_k} starting labels were {'completed with the nearest others' if settings.fill_short else 'left incomplete'}." for k in filled]
     trace = {"zero_shot": P, "selected_index": index, "selected_labels": labels, "histories": histories} | {f"phase1_probabilities_{g + 1}": v.probabilities for g, v in enumerate(views)}
     facts = {"unlabelled images": len(P), "images in S*": len(index), "images on which both models agree after Phase I": f"{100 * (views[0].labels == views[1].labels).mean():.1f} %"}
-    return Fitted(CoFTPhase1.name, task.class_names, [_member(m, clip) for m in models], facts=facts, messages=messages, trace=trace), models
+    return Fitted(CoFTPhase1.name, task.class_names, [_member(m, clip) for m in models], facts=facts, messages=messages, trace=trace), models, views
