@@ -7,7 +7,7 @@ __all__ = ['DEFAULT_METHODS', 'TABLES', 'DEVICES', 'Parameters', 'parameters_fro
            'find_or_run', 'run_experiment', 'draw_figures']
 
 # %% ../nbs/12_experiment.ipynb #715a21f5
-import json, os, sys
+import json, os, shutil, sys
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +19,7 @@ import coft.rivals
 from .clip import PROFILE_MODELS, load_clip
 from .core import check_choice, check_flag, expect_error, replace_file
 from .data import PROFILE_TASKS, TASKS, load_task
+from .filtering import selection_report
 from .protocol import METHODS, PRESET_NAMES, get_method
 from .results import SCHEMA, Records, accuracy_table, git_state, installed_versions, machine_name, measured, published_names, published_table, record_key, table_markdown
 
@@ -62,6 +63,7 @@ class Parameters:
             allowed = [f.name for f in fields(METHODS[check_choice("method", name, METHODS)].Settings)]
             for key in overrides: check_choice(f"setting of {name}", key, [*allowed, "preset"])
             get_method(name, **overrides)
+            if name not in self.methods: raise ValueError(f"settings: {name!r} is given settings, but does not run; methods are {', '.join(self.methods)}. Add it to methods, or leave its settings out.")
 
 # %% ../nbs/12_experiment.ipynb #bf260b86
 def _text(parameter, given):
@@ -148,17 +150,21 @@ def run_method(
     progress:bool=True, # whether to show bars
 )->list: # its record, and those of its earlier stages
     "One run: fit, predict the test split, store arrays and record"
+    key = record_key(method.name, asdict(method.settings_for(clip.preset)), task.data_sha256, clip.weights_sha256, seed)
+    unfinished = records.folder/"unfinished"/key
+    resumed = unfinished.exists()
     with measured() as cost:
-        fitted = method.fit(clip, task, seed, progress)
+        fitted = method.fit(clip, task, seed, progress, unfinished)
         results = {f.method: (f, f.predict_all(task.test)) for f in (*fitted.stages.values(), fitted)}
     truth, added = task.audit.test, []
     for name, (f, P) in results.items():
         settings = method.settings_for(clip.preset)
         record = dict(schema=SCHEMA, key=record_key(name, asdict(settings), task.data_sha256, clip.weights_sha256, seed), method=name, task=task.name, model=clip.name, pretrained=clip.pretrained, seed=seed) | _accuracies(P, truth)
-        record |= dict(n_train=len(task.unlabelled), n_test=len(task.test), **cost, preset=method.preset or clip.preset, settings=asdict(settings), messages=f.messages, versions=installed_versions(),
+        record |= dict(n_train=len(task.unlabelled), n_test=len(task.test), **cost, resumed=resumed, preset=method.preset or clip.preset, settings=asdict(settings), messages=f.messages, pseudo_labels=selection_report(f.trace, task.audit.train), quarantine=[list(q) for q in task.quarantine], versions=installed_versions(),
                        git=git_state(Path(__file__).parent if "__file__" in globals() else "."), machine=machine_name(), device=str(clip.device), weights_sha256=clip.weights_sha256, data_sha256=task.data_sha256, finished=datetime.now(timezone.utc).isoformat(timespec="seconds"))
         records.add(record, {"test_probabilities": P} | {k: v for k, v in f.trace.items() if isinstance(v, np.ndarray)})
         added.append(record)
+    shutil.rmtree(unfinished, ignore_errors=True)
     return added
 
 # %% ../nbs/12_experiment.ipynb #5bc13ebc

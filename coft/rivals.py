@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from .clip import load_clip, zero_shot_head
-from .collaborate import TEMPLATE_SETS, first_labels
+from .collaborate import TEMPLATE_SETS, first_labels, templates_of
 from .core import check_choice, check_flag, check_number, expect_error
 from .data import load_task
 from .filtering import select_topk, softmax_probabilities
-from .protocol import METHODS, Fitted, Method, get_method
+from .ours import CoFTX
+from .protocol import METHODS, Fitted, Method, Run, get_method
 from .trainer import HEAD_INITS, HEAD_INPUTS, EncoderWithHead, Schedule, predict, train
 
 # %% ../nbs/09_rivals.ipynb #8fba6947
@@ -26,9 +27,10 @@ class ZeroShotSettings:
 
 class ZeroShot(Method):
     "Frozen CLIP with the single hand-written template (Eq. 1)"
-    name, Settings, template_set = "zero-shot", ZeroShotSettings, "single"
-    def _fit(self, clip, task, seed, settings, progress):
-        head = zero_shot_head(clip, task.class_names, task.template if self.template_set == "single" else task.templates)
+    name, Settings, template_set = "zero-shot", ZeroShotSettings, "coop"
+    def _fit(self, run):
+        clip, task = run.clip, run.task
+        head = zero_shot_head(clip, task.class_names, templates_of(task, self.template_set))
         scores = lambda pixels: clip.image_features(pixels) @ head.T / clip.tau
         return Fitted(self.name, task.class_names, [lambda images: predict(scores, images, clip.image_size)])
 
@@ -59,19 +61,16 @@ class FineTuneSettings:
 
 # %% ../nbs/09_rivals.ipynb #6baecb29
 def fine_tune(
-    clip, # `FrozenCLIP`
-    task, # `Task`
+    run:Run, # model, task, settings
     index:np.ndarray, # images to train on [n]
     labels:np.ndarray, # their labels [n]
-    settings:FineTuneSettings, # head and schedule
-    seed:int, # of head, order and views
-    name:str, # for the progress bar
-    progress:bool=True, # whether to show it
+    name:str, # of the phase
 ): # (EncoderWithHead, history)
     "Fully fine-tune an image tower with a head on given labels"
-    head = zero_shot_head(clip, task.class_names, task.template) if settings.head_init == "text" else None
-    model = EncoderWithHead(clip, len(task.class_names), head, settings.head_input, seed)
-    return model, train(model, task.unlabelled, index, {"label": labels}, settings.schedule(), clip.image_size, task.augmentation, seed, name, progress)
+    clip, task, s = run.clip, run.task, run.settings
+    head = zero_shot_head(clip, task.class_names, task.template) if s.head_init == "text" else None
+    model = EncoderWithHead(clip, len(task.class_names), head, s.head_input, run.seed)
+    return model, train(model, task.unlabelled, index, {"label": labels}, s.schedule(), clip.image_size, task.augmentation, run.seed, name, run.progress, folder=run.folder)
 
 # %% ../nbs/09_rivals.ipynb #ce14abcd
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class TopKSettings(FineTuneSettings):
     "Settings of top-K self-training"
     top_k:int=16 # K, images per class
     fill_short:bool=True # complete classes with fewer than K predictions
-    template_set:str="single" # "single" or "ensemble"
+    template_set:str="coop" # one of `TEMPLATE_SETS`
 
     def __post_init__(self):
         super().__post_init__()
@@ -90,18 +89,18 @@ class TopKSettings(FineTuneSettings):
 class TopK(Method):
     "Full fine-tuning on the K most confident zero-shot labels of each class"
     name, Settings = "top-k", TopKSettings
-    def _fit(self, clip, task, seed, settings, progress):
-        P, _ = first_labels(clip, task, settings.template_set)
-        index, labels = select_topk(P, settings.top_k, settings.fill_short)
-        model, history = fine_tune(clip, task, index, labels, settings, seed, "top-K self-training", progress)
+    def _fit(self, run):
+        P, _ = first_labels(run.clip, run.task, run.settings.template_set)
+        index, labels = select_topk(P, run.settings.top_k, run.settings.fill_short)
+        model, history = fine_tune(run, index, labels, "top-K self-training")
         trace = {"zero_shot": P, "selected_index": index, "selected_labels": labels, "histories": {"top-K self-training": history}}
-        return Fitted(self.name, task.class_names, [lambda images: predict(model.logits, images, clip.image_size)], trace=trace)
+        return Fitted(self.name, run.task.class_names, [lambda images: predict(model.logits, images, run.clip.image_size)], trace=trace)
 
 # %% ../nbs/09_rivals.ipynb #fadc73e7
 class Supervised(Method):
     "Full fine-tuning on every true label of the training images"
     name, Settings, supervised = "supervised", FineTuneSettings, True
-    def _fit(self, clip, task, seed, settings, progress):
-        index, labels = task.labelled(seed=seed)
-        model, history = fine_tune(clip, task, index, labels, settings, seed, "supervised", progress)
-        return Fitted(self.name, task.class_names, [lambda images: predict(model.logits, images, clip.image_size)], trace={"histories": {"supervised": history}})
+    def _fit(self, run):
+        index, labels = run.task.labelled(seed=run.seed)
+        model, history = fine_tune(run, index, labels, "supervised")
+        return Fitted(self.name, run.task.class_names, [lambda images: predict(model.logits, images, run.clip.image_size)], trace={"histories": {"supervised": history}})

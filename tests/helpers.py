@@ -8,6 +8,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # CoFT on the small task in about a second, whatever the presets hold
 QUICK = dict(preset="paper", top_k=4, n_context=4, n_visual=4, phase1_optimizer="adamw", phase1_lr=1e-3, phase1_epochs=2,
              phase1_batch_size=8, phase2_optimizer="adamw", phase2_lr=1e-4, phase2_epochs=1, phase2_batch_size=16)
+# CoFT+ on the small task in a few seconds: two rounds, contrast, templates of a language model
+QUICK_PLUS = QUICK | dict(rounds=2, contrast_views="task", template_set="llm", phase2_batch_size=24)
 
 
 def remember_models(monkeypatch):
