@@ -252,9 +252,10 @@ TASKS = dict(EMBEDDED_TASKS) # name -> loader; `coft.datasets` adds those that n
 def register_task(
     name:str, # how users will call it
     loader, # function that returns a `Task`; `load_task` hands it those arguments that it names
+    overwrite:bool=False, # whether the name may be taken
 ):
     "Make a task known to `load_task`"
-    if name in TASKS and TASKS[name] is not loader: raise ValueError(f"task {name!r} is registered already; choose another name.")
+    if name in TASKS and not overwrite: raise ValueError(f"task {name!r} is registered already. Choose another name, or pass overwrite=True.")
     TASKS[name] = loader
 
 def load_task(

@@ -131,10 +131,10 @@ def _remember(found):
         ledger.close()
     except (OSError, sqlite3.Error): pass
 
-# %% ../nbs/02a_images.ipynb #f4e4c58f
+# %% ../nbs/02a_images.ipynb #c3b48dcb
 @lru_cache
 def _pool(): return ThreadPoolExecutor(min(16, os.cpu_count() or 1), "coft-images")
-os.register_at_fork(after_in_child=_pool.cache_clear)
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_pool.cache_clear)
 
 def _fetch(sources, i):
     try: return sources[i]
