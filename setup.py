@@ -31,7 +31,7 @@ setup(
     packages=[*find_packages(include=["coft", "coft.*"]), "coft.notebooks"],
     package_dir={"coft.notebooks": "nbs"},
     package_data={
-        "coft": ["embedded/*", "presets/*.json", "published/*.json"],
+        "coft": ["embedded/*", "presets/*.json", "published/*.json", "datasets_info/*.json"],
         "coft.notebooks": ["**/*.ipynb", "**/*.csv", "**/*.png", "**/*.svg"],
     },
     include_package_data=False,

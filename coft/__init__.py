@@ -5,7 +5,9 @@ import importlib
 
 _HOME = {
     "load_clip": "clip", "FrozenCLIP": "clip", "zero_shot_head": "clip",
-    "Task": "data", "ArrayImages": "data", "Augmentation": "data", "load_task": "data",
+    "Task": "data", "ArrayImages": "data", "Augmentation": "data", "FileImages": "images",
+    "task_from_folder": "images", "task_from_table": "images", "task_from_arrays": "images", "task_from_dataset": "images",
+    "TASKS": "datasets", "load_task": "datasets", "register_task": "datasets", "DATASETS": "datasets",
     "DualPrompt": "prompts", "VisualPrompt": "adapters", "Schedule": "trainer",
     "Method": "protocol", "Fitted": "protocol", "METHODS": "rivals", "get_method": "rivals",
     "CoFT": "collaborate", "CoFTPhase1": "collaborate", "ZeroShot": "rivals", "ZeroShotEnsemble": "rivals", "TopK": "rivals", "Supervised": "rivals",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_METHODS', 'TABLES', 'DEVICES', 'Parameters', 'parameters_from', 'project_root', 'Experiment', 'run_method',
-           'find_or_run', 'run_experiment', 'draw_figures']
+           'find_or_run', 'run_experiment', 'run_variants', 'run_page', 'draw_figures']
 
 # %% ../nbs/12_experiment.ipynb #715a21f5
 import json, os, shutil, sys
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from joblib import Parallel, delayed
 
 import coft.rivals
 from .clip import PROFILE_MODELS, load_clip
@@ -25,7 +26,7 @@ from .results import SCHEMA, Records, accuracy_table, git_state, installed_versi
 
 # %% ../nbs/12_experiment.ipynb #da118a47
 DEFAULT_METHODS = ["zero-shot", "zero-shot-ensemble", "top-k", "coft", "supervised"]
-TABLES = ["coft-1"]
+TABLES = ["coft-1", "ablations-coft"]
 DEVICES = ("auto", "cpu", "cuda")
 
 # %% ../nbs/12_experiment.ipynb #39f17d81
@@ -92,12 +93,13 @@ def _seeds(given):
 def parameters_from(
     namespace:dict, # `globals()` of the notebook, after the parameters cell
     before, # names that were there before it
+    also=(), # further names that the page checks itself
 )->Parameters:
     "Check the variables of a parameters cell, unknown names included"
     allowed = [f.name for f in fields(Parameters)]
     given = {k: v for k, v in namespace.items() if k not in before and not k.startswith("_") and k not in ("In", "Out", "exit", "quit", "get_ipython", "before")}
-    for k in given: check_choice("parameter", k, allowed)
-    return Parameters(**given)
+    for k in given: check_choice("parameter", k, [*allowed, *also])
+    return Parameters(**{k: v for k, v in given.items() if k not in also})
 
 # %% ../nbs/12_experiment.ipynb #e69d149c
 def project_root(
@@ -214,6 +216,56 @@ def _device(name):
     import torch
     if name == "cuda" and not torch.cuda.is_available(): raise ValueError("device: 'cuda' was given, but this installation of torch finds no CUDA device. Use 'cpu' or 'auto'.")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+# %% ../nbs/12_experiment.ipynb #a0bcb786
+def run_variants(
+    variants:dict, # label -> (registered method, settings)
+    p:Parameters, # tasks, seeds, model, folder
+    baseline:str, # label that differences are counted from
+    workers:int=1, # processes; more than one take one thread each
+    say=print, # where a line per run goes
+)->tuple: # (records with the label as `method`, table as of `accuracy_table`)
+    "Run every variant on every task with every seed"
+    late = {s for m in METHODS.values() for s in m.stages}
+    order = sorted(variants, key=lambda v: variants[v][0] in late)
+    plan = [(t, v, s) for v in order for t in p.tasks for s in p.seeds]
+    runs = []
+    for group in ([x for x in plan if (variants[x[1]][0] in late) == is_late] for is_late in (False, True)):
+        for (t, v, s), r in zip(group, Parallel(workers, return_as="generator")(delayed(_run_variant)(*variants[v], p, t, s, workers > 1) for t, v, s in group)):
+            runs.append(r | dict(method=v, registered=r["method"]))
+            say(f"[{len(runs)}/{len(plan)}] {v} on {t}, seed {s}: {r['accuracy']:.1f} %, {r['seconds']:.0f} s", flush=True)
+    records = Records(project_root()/p.out_dir)
+    place = {v: i for i, v in enumerate(variants)}
+    runs.sort(key=lambda r: (r["task"], place[r["method"]], r["seed"]))
+    return runs, accuracy_table(runs, lambda r: _correctness(records.arrays(r["key"])["test_probabilities"], load_task(r["task"], p.data_root).audit.test), baseline)
+
+# %% ../nbs/12_experiment.ipynb #f2e6fe8c
+def _run_variant(method, settings, p, task, seed, one_thread):
+    import torch
+    if one_thread: torch.set_num_threads(1)
+    clip = load_clip(p.model, p.pretrained, _device(p.device))
+    return find_or_run(method, settings, clip, load_task(task, p.data_root), seed, Records(project_root()/p.out_dir), progress=False)[0][-1]
+
+# %% ../nbs/12_experiment.ipynb #f561a487
+def run_page(
+    name:str, # of a page in `tables/`
+    given:dict, # parameters of the main job; those that the page has too are handed on
+    out_dir, # the run page goes to `out_dir/pages`
+)->Path: # of the page with its outputs
+    "Run the page of a table through papermill"
+    import papermill
+    source = _notebooks()/"tables"/f"{name}.ipynb"
+    target = project_root()/out_dir/"pages"/f"{name}.ipynb"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    known = papermill.inspect_notebook(str(source))
+    papermill.execute_notebook(str(source), str(target), {k: v for k, v in given.items() if k in known and v is not None}, kernel_name="python3", progress_bar=False, cwd=os.getcwd())
+    return target
+
+# %% ../nbs/12_experiment.ipynb #b621e9a4
+def _notebooks():
+    "The notebooks of the checkout, or those that the wheel carries"
+    checkout = project_root()/"nbs"
+    return checkout if checkout.is_dir() else Path(__file__).parent/"notebooks"
 
 # %% ../nbs/12_experiment.ipynb #833c3cb8
 def draw_figures(
