@@ -9,9 +9,9 @@ _HOME = {
     "task_from_folder": "images", "task_from_table": "images", "task_from_arrays": "images", "task_from_dataset": "images",
     "TASKS": "datasets", "load_task": "datasets", "register_task": "datasets", "DATASETS": "datasets",
     "DualPrompt": "prompts", "VisualPrompt": "adapters", "Schedule": "trainer",
-    "Method": "protocol", "Fitted": "protocol", "METHODS": "rivals", "get_method": "rivals",
-    "CoFT": "collaborate", "CoFTPhase1": "collaborate", "ZeroShot": "rivals", "ZeroShotEnsemble": "rivals", "TopK": "rivals", "Supervised": "rivals",
-    "Parameters": "experiment", "run_experiment": "experiment", "published_table": "results",
+    "Method": "protocol", "Fitted": "protocol", "Run": "protocol", "METHODS": "rivals", "get_method": "rivals",
+    "CoFT": "collaborate", "CoFTPhase1": "collaborate", "CoFTPlus": "collaborate", "CoFTSemi": "collaborate", "CoFTPlusSemi": "collaborate", "CoFTX": "ours", "ZeroShot": "rivals", "ZeroShotEnsemble": "rivals", "TopK": "rivals", "Supervised": "rivals",
+    "Parameters": "experiment", "run_experiment": "experiment", "run_variants": "experiment", "published_table": "results",
 }
 __all__ = list(_HOME)
 

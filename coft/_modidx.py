@@ -152,6 +152,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                            'coft.data.glyphs_dev_task': ('data.html#glyphs_dev_task', 'coft/data.py'),
                            'coft.data.glyphs_report_task': ('data.html#glyphs_report_task', 'coft/data.py'),
                            'coft.data.glyphs_task': ('data.html#glyphs_task', 'coft/data.py'),
+                           'coft.data.glyphs_toy_task': ('data.html#glyphs_toy_task', 'coft/data.py'),
                            'coft.data.load_task': ('data.html#load_task', 'coft/data.py'),
                            'coft.data.register_task': ('data.html#register_task', 'coft/data.py'),
                            'coft.data.resize_and_crop': ('data.html#resize_and_crop', 'coft/data.py')},

@@ -315,7 +315,7 @@ def contrast_views(
     settings:CoFTPlusSettings, # which views
 )->Views:
     "Two views for the contrast, and a third for the labels if `label_view` is weak"
-    view = ContrastView(stored=1 / task.augmentation.crop, flip=task.augmentation.flip) if settings.contrast_views == "moco" else task.augmentation
+    view = ContrastView(like=task.augmentation, flip=task.augmentation.flip) if settings.contrast_views == "moco" else task.augmentation
     return Views((view, view, *([task.augmentation] if settings.label_view == "weak" else [])))
 
 # %% ../nbs/07_collaborate.ipynb #c461169b

@@ -22,7 +22,7 @@ from .trainer import EncoderWithHead
 @dataclass(frozen=True)
 class ContrastView:
     "A random resized crop, a mirror, a change of colours, sometimes grey (methods 3.3, inferred)"
-    stored:float=256/224 # side of the image that is cropped over the side of the view
+    like:Augmentation=Augmentation() # the task's; from an image as large as it asks for this view is cropped too
     area:float=0.5 # smallest share of the image that a crop keeps
     aspect:float=4/3 # largest ratio of width to height, and of height to width
     flip:bool=True # mirror half of the views
@@ -34,7 +34,7 @@ class ContrastView:
 
     def stored_size(self, size:int)->int: # pixels
         "Side of the image from which a view of `size` is taken"
-        return round(size * self.stored)
+        return self.like.stored_size(size)
 
     def __call__(self,
         pixels:torch.Tensor, # uint8 [n, 3, stored, stored]

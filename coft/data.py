@@ -6,7 +6,7 @@
 __all__ = ['KEEP_BYTES', 'N_AUGMENT', 'NO_FLIP', 'CHARACTER_TEMPLATE', 'CHARACTER_TEMPLATES', 'CHARACTER_LLM_TEMPLATES', 'STORED',
            'HARD', 'PROFILE_TASKS', 'EMBEDDED_TASKS', 'TASKS', 'ArrayImages', 'clip_geometry', 'resize_and_crop',
            'Augmentation', 'augment', 'batches', 'Audit', 'Task', 'digits_task', 'glyphs_task', 'glyphs_dev_task',
-           'glyphs_report_task', 'register_task', 'load_task']
+           'glyphs_report_task', 'glyphs_toy_task', 'register_task', 'load_task']
 
 # %% ../nbs/02_data.ipynb #32ec503c
 import json
@@ -248,9 +248,14 @@ def glyphs_report_task()->Task:
     writing = Writing("computer-modern", "23456789ABEFGHKMNRTY", 2000, writers=20, imbalance=3.0, distortion=replace(HARD, occlusion=0.15))
     return glyphs_task("glyphs", writing, n_test=5000, seed=2)
 
+@lru_cache
+def glyphs_toy_task()->Task:
+    "Four digits in STIX fonts, 320 images: for examples and a quick look; nothing is reported on it"
+    return glyphs_task("glyphs-toy", Writing("stix", "0123", 320, distortion=HARD), n_test=200, seed=3)
+
 # %% ../nbs/02_data.ipynb #25276b36
 PROFILE_TASKS = {"embedded": ["digits"], "paper": ["digits"]} # profile -> tasks of the main job
-EMBEDDED_TASKS = {"digits": digits_task, "glyphs-dev": glyphs_dev_task, "glyphs": glyphs_report_task}
+EMBEDDED_TASKS = {"digits": digits_task, "glyphs-dev": glyphs_dev_task, "glyphs": glyphs_report_task, "glyphs-toy": glyphs_toy_task}
 TASKS = dict(EMBEDDED_TASKS) # name -> loader; `coft.datasets` adds those that need a download
 
 def register_task(

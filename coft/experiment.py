@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
-import coft.rivals
+import coft.datasets, coft.rivals
 from .clip import PROFILE_MODELS, load_clip
 from .core import check_choice, check_flag, expect_error, replace_file
 from .data import PROFILE_TASKS, TASKS, load_task
@@ -199,12 +199,12 @@ def run_experiment(
     plan = [(t, m, s) for t in p.tasks for m in p.methods if m not in stages for s in p.seeds]
     runs, reused = [], 0
     for i, (t, m, s) in enumerate(plan, 1):
-        got, found = find_or_run(m, p.settings.get(m, {}), clip, load_task(t), s, records, p.progress)
+        got, found = find_or_run(m, p.settings.get(m, {}), clip, load_task(t, p.data_root), s, records, p.progress)
         runs, reused = runs + got, reused + found
         say(f"[{i}/{len(plan)}] {m} on {t}, seed {s}: {got[-1]['accuracy']:.1f} %, {got[-1]['seconds']:.0f} s{' (reused)' if found else ''}", flush=True)
     notes = [f"{reused} of {len(plan)} runs were finished before and reused."] if reused else []
     notes += [f"{r['method']} on {r['task']}, seed {r['seed']}: {m}" for r in runs for m in r["messages"]]
-    table = accuracy_table(runs, lambda r: _correctness(records.arrays(r["key"])["test_probabilities"], load_task(r["task"]).audit.test))
+    table = accuracy_table(runs, lambda r: _correctness(records.arrays(r["key"])["test_probabilities"], load_task(r["task"], p.data_root).audit.test))
     experiment = Experiment(p, records, runs, table, {}, list(dict.fromkeys(notes)))
     with replace_file(records.folder/"table.csv") as f: table.to_csv(f, index=False)
     with replace_file(records.folder/"table.md") as f: f.write_text(f"{table_markdown(table)}\n{experiment.provenance()}\n")
@@ -282,7 +282,7 @@ def draw_figures(
         coft = next((r for r in mine if r["method"] == "coft"), None)
         base = next((r for r in mine if r["method"] == "zero-shot"), None)
         if coft and base:
-            view = plots.RunView.from_arrays(arrays(coft["key"]), load_task(t), arrays(base["key"])["test_probabilities"].mean(0), arrays(coft["key"])["test_probabilities"].mean(0))
+            view = plots.RunView.from_arrays(arrays(coft["key"]), load_task(t, experiment.parameters.data_root), arrays(base["key"])["test_probabilities"].mean(0), arrays(coft["key"])["test_probabilities"].mean(0))
             drawn |= {n: getattr(plots, f"plot_{n}")(view) for n in ("class_quality", "clean_histogram", "selection_by_confidence", "reliability", "confusion", "images")}
         for n, figure in drawn.items():
             path = folder/(f"{n}.png" if t == experiment.parameters.tasks[0] else f"{t}-{n}.png")

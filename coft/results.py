@@ -180,10 +180,11 @@ def _grouped(records):
 # %% ../nbs/10_results.ipynb #8e3b8688
 def table_markdown(
     table:pd.DataFrame, # from `accuracy_table`
+    baseline:str="zero-shot", # what the gains refer to
 )->str:
     "The table for people, percent with one decimal"
     number = lambda v, sign="": "" if pd.isna(v) else f"{v:{sign}.1f}"
-    lines = ["| task | method | accuracy % | mean of both models' answers % | gain over zero-shot, points | 95 % interval | seeds | seconds |", "|---|---|---|---|---|---|---|---|"]
+    lines = [f"| task | method | accuracy % | mean of both models' answers % | {'gain over zero-shot' if baseline == 'zero-shot' else f'difference from {baseline}'}, points | 95 % interval | seeds | seconds |", "|---|---|---|---|---|---|---|---|"]
     for r in table.itertuples():
         spread = "" if pd.isna(r.std) else f" ± {r.std:.1f}"
         interval = "" if pd.isna(r.low) else f"{r.low:+.1f} to {r.high:+.1f}"

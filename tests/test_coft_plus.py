@@ -220,7 +220,7 @@ def test_grey_views_have_no_colour_and_mirrored_ones_are_mirrored():
     u = uniforms(0, "grey", index=range(6), size=11)
     grey = ContrastView(p_grey=1.0)(pixels, u, 32)
     assert (grey.amax(1) - grey.amin(1)).max() < 1e-6
-    still = dict(stored=1, area=1, aspect=1, p_jitter=0, p_grey=0)
+    still = dict(area=1, aspect=1, p_jitter=0, p_grey=0)
     plain, mirrored = (ContrastView(flip=flip, **still)(pixels, u, 32) for flip in (False, True))
     for i in range(6):
         assert torch.allclose(mirrored[i], plain[i].flip(-1) if u[i, 4] < 0.5 else plain[i], atol=1e-5)
