@@ -6,7 +6,8 @@ import importlib
 _HOME = {
     "load_clip": "clip", "FrozenCLIP": "clip", "zero_shot_head": "clip",
     "Task": "data", "ArrayImages": "data", "Augmentation": "data", "load_task": "data",
-    "DualPrompt": "prompts", "VisualPrompt": "adapters", "Schedule": "trainer",
+    "DualPrompt": "prompts", "VisualPrompt": "adapters", "LoRA": "adapters", "Adapter": "adapters", "build_light_module": "adapters",
+    "save_light_module": "adapters", "load_light_module": "adapters", "Schedule": "trainer",
     "Method": "protocol", "Fitted": "protocol", "METHODS": "rivals", "get_method": "rivals",
     "CoFT": "collaborate", "CoFTPhase1": "collaborate", "ZeroShot": "rivals", "ZeroShotEnsemble": "rivals", "TopK": "rivals", "Supervised": "rivals",
     "Parameters": "experiment", "run_experiment": "experiment", "published_table": "results",
