@@ -8,9 +8,11 @@ _HOME = {
     "Task": "data", "ArrayImages": "data", "Augmentation": "data", "FileImages": "images",
     "task_from_folder": "images", "task_from_table": "images", "task_from_arrays": "images", "task_from_dataset": "images",
     "TASKS": "datasets", "load_task": "datasets", "register_task": "datasets", "DATASETS": "datasets",
-    "DualPrompt": "prompts", "VisualPrompt": "adapters", "Schedule": "trainer",
+    "DualPrompt": "prompts", "VisualPrompt": "adapters", "LoRA": "adapters", "Adapter": "adapters", "build_light_module": "adapters",
+    "save_light_module": "adapters", "load_light_module": "adapters", "Schedule": "trainer",
     "Method": "protocol", "Fitted": "protocol", "Run": "protocol", "METHODS": "rivals", "get_method": "rivals",
-    "CoFT": "collaborate", "CoFTPhase1": "collaborate", "CoFTPlus": "collaborate", "CoFTSemi": "collaborate", "CoFTPlusSemi": "collaborate", "CoFTX": "ours", "ZeroShot": "rivals", "ZeroShotEnsemble": "rivals", "TopK": "rivals", "Supervised": "rivals",
+    "CoFT": "collaborate", "CoFTPhase1": "collaborate", "CoFTPlus": "collaborate", "CoFTSemi": "collaborate", "CoFTPlusSemi": "collaborate", "CoFTX": "ours",
+    "ZeroShot": "rivals", "ZeroShotEnsemble": "rivals", "TopK": "rivals", "Supervised": "rivals",
     "Parameters": "experiment", "run_experiment": "experiment", "run_variants": "experiment", "published_table": "results",
 }
 __all__ = list(_HOME)

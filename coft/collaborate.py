@@ -9,6 +9,7 @@ __all__ = ['TEMPLATE_SETS', 'SINGLE_TEMPLATE', 'JUDGES', 'PEER_SEED', 'ROUND_SEE
            'CoFTPlusSemiSettings', 'CoFTSemi', 'CoFTPlusSemi']
 
 # %% ../nbs/07_collaborate.ipynb #1e8e3f49
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .adapters import DEPTHS, VisualPrompt
+from .adapters import DEPTHS, LIGHT_MODULES, build_light_module
 from .clip import FrozenCLIP, load_clip, zero_shot_head
 from .contrast import ContrastView, MomentumContrast, Views, queue_length
 from .core import check_choice, check_flag, check_number, expect_error
@@ -35,8 +36,11 @@ class CoFTSettings:
     fill_short:bool=True # complete classes with fewer than K predictions (inferred from |S*| = C K)
     n_context:int=16 # M, learnable vectors per prompt (inferred)
     context_std:float=0.02 # of their initial numbers (inferred)
+    light_module:str="visual_prompt" # what is tuned in the image tower, one of `LIGHT_MODULES` (paper: visual prompt tokens)
     n_visual:int=20 # M_v, learnable visual tokens (inferred)
     visual_depth:str="deep" # "deep" or "shallow" (inferred)
+    lora_rank:int=4 # with light_module="lora" (ours)
+    adapter_width:int=16 # with light_module="adapter" (ours)
     l2_weight:float=1.0 # lambda, weight of L2 (inferred)
     l2_grad:str="full" # who learns from L2: "full" (paper, literal), "neg_visual", "neg_only"
     phase1_optimizer:str="sgd" # (inferred)
@@ -59,12 +63,12 @@ class CoFTSettings:
     rounds, rank_by, contrastive = 1, "confidence", False # what CoFT+ makes settings of
 
     def __post_init__(self):
-        for name, allowed in (("template_set", TEMPLATE_SETS), ("visual_depth", DEPTHS), ("l2_grad", L2_GRAD), ("judge", JUDGES), ("head_init", HEAD_INITS), ("head_input", HEAD_INPUTS)):
+        for name, allowed in (("template_set", TEMPLATE_SETS), ("light_module", LIGHT_MODULES), ("visual_depth", DEPTHS), ("l2_grad", L2_GRAD), ("judge", JUDGES), ("head_init", HEAD_INITS), ("head_input", HEAD_INPUTS)):
             check_choice(name, getattr(self, name), allowed)
         for name in ("label_model", "label_pretrained"):
             if not isinstance(getattr(self, name), str): raise ValueError(f"{name}: {getattr(self, name)!r} was given; a text is needed.")
         if self.label_pretrained and not self.label_model: raise ValueError(f"label_pretrained: {self.label_pretrained!r} was given without label_model, the model whose weights these are.")
-        for name in ("top_k", "n_context", "n_visual"): check_number(name, getattr(self, name), low=1, integer=True)
+        for name in ("top_k", "n_context", "n_visual", "lora_rank", "adapter_width"): check_number(name, getattr(self, name), low=1, integer=True)
         for name in ("context_std", "l2_weight"): check_number(name, getattr(self, name), low=0)
         for name in ("fill_short", "strict_filter"): check_flag(name, getattr(self, name))
         self.schedule(1), self.schedule(2)
@@ -80,7 +84,7 @@ SINGLE_TEMPLATE = "a photo of a {}."
 def templates_of(
     task:Task, # whose templates
     template_set:str, # one of `TEMPLATE_SETS`
-): # a template, or several
+): # a template, several, or sentences by class
     """The paper's example ("single"), the task's own ("coop"), its set ("ensemble"), or the set that a language model wrote ("llm")"""
     if check_choice("template_set", template_set, TEMPLATE_SETS) == "llm" and not task.llm_templates:
         raise ValueError(f"template_set: 'llm' was given, but the task {task.name!r} has no templates by a language model. Give Task(llm_templates=[...]), or use one of 'single', 'coop', 'ensemble'.")
@@ -92,13 +96,14 @@ def first_labels(
     template_set:str="coop", # one of `TEMPLATE_SETS`
 ): # (probabilities [N, C] of the unlabelled images, head [C, d])
     "Zero-shot probabilities of all unlabelled images (Eq. 1)"
-    head = zero_shot_head(clip, task.class_names, templates_of(task, template_set))
+    templates = templates_of(task, template_set)
+    head = zero_shot_head(clip, task.class_names, templates, "cut" if isinstance(templates, Mapping) else "error")
     features = torch.cat([clip.image_features(pixels) for _, pixels in batches(task.unlabelled, range(len(task.unlabelled)), 256, clip.image_size)])
     return softmax_probabilities(features, head, clip.tau), head
 
 # %% ../nbs/07_collaborate.ipynb #946b3a4a
 class PromptedModel(nn.Module):
-    "A frozen CLIP with a dual prompt and visual tokens: one model of Phase I"
+    "A frozen CLIP with a dual prompt and a light visual module: one model of Phase I"
     def __init__(self,
         clip:FrozenCLIP, # the frozen model
         class_names, # C names
@@ -108,7 +113,7 @@ class PromptedModel(nn.Module):
         super().__init__()
         self.clip, self.settings = clip, settings
         self.prompt = DualPrompt(clip, class_names, settings.n_context, settings.context_std, seed)
-        self.visual = VisualPrompt(clip, settings.n_visual, settings.visual_depth, seed)
+        self.visual = build_light_module(settings.light_module, clip, seed, settings.n_visual, settings.visual_depth, settings.lora_rank, width=settings.adapter_width)
 
     def image_features(self, pixels): # [n, d] unit length
         "v_theta(x) of pixels [n, 3, h, w]"

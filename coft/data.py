@@ -151,7 +151,7 @@ class Task:
     test:ArrayImages # test images: any image set
     template:str="a photo of a {}." # the single hand-written template
     templates:tuple=("a photo of a {}.",) # a set of them, for prompt ensembling
-    llm_templates:tuple=() # a set that a language model wrote for this task, for CoFT+ (methods 3.1)
+    llm_templates:tuple=() # what a language model wrote for this task, for CoFT+ (methods 3.1): templates, or class name -> sentences
     augmentation:Augmentation=Augmentation() # what may be done to a training image
     _labels:Audit|None=field(default=None, repr=False)
     quarantine:tuple=() # (name, reason) of every image that was set aside
