@@ -17,6 +17,7 @@ test:  ## install with the dev extra and run everything that CI runs
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --do_print
 	$(BIN)/papermill nbs/experiments.ipynb results/smoke.ipynb --cwd nbs -p methods zero-shot -p out_dir results/smoke
+	OMP_NUM_THREADS=1 $(BIN)/papermill nbs/tables/ablations-coft.ipynb results/smoke-ablations.ipynb -p tasks glyphs-toy -p groups phases -p out_dir results/smoke
 	$(BIN)/python .ci/readme.py --check
 	$(BIN)/python .ci/check_docs.py
 	$(BIN)/python -m pytest

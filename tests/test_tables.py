@@ -1,0 +1,74 @@
+"Variants of a method and the pages that compare them."
+import nbformat
+import pandas as pd
+import papermill
+import pytest
+from coft.data import TASKS
+from coft.experiment import Parameters, run_variants
+from coft.protocol import METHODS, get_method
+from helpers import QUICK, ROOT
+
+PAGES = sorted((ROOT / "nbs/tables").glob("*.ipynb"))
+
+
+@pytest.fixture
+def toy(task, tmp_path, monkeypatch):
+    "Parameters of a job on the small task, two seeds."
+    monkeypatch.setitem(TASKS, "toy", lambda: task)
+    return Parameters(methods="zero-shot", tasks="toy", seeds=[0, 1], out_dir=tmp_path / "out", device="cpu", progress=False)
+
+
+def test_variants_are_compared_with_the_baseline(toy):
+    variants = {"zero-shot": ("zero-shot", {}), "coft": ("coft", QUICK), "all kept": ("coft", QUICK | dict(judge="nobody")), "Phase I only": ("coft-phase1", QUICK)}
+    said = []
+    runs, table = run_variants(variants, toy, "coft", say=lambda line, **_: said.append(line))
+    assert [r["method"] for r in runs] == [v for v in variants for _ in (0, 1)] and len(said) == 8
+    assert table.method.tolist() == list(variants) and (table.seeds == 2).all()
+    assert pd.isna(table.gain[1]) and table.gain.notna().sum() == 3
+    accuracy = dict(zip(table.method, table.accuracy))
+    assert table.gain[2] == pytest.approx(accuracy["all kept"] - accuracy["coft"], abs=1e-6)
+    again, _ = run_variants(variants, toy, "coft", say=lambda line, **_: None)
+    assert [r["finished"] for r in again] == [r["finished"] for r in runs], "a second time every run is found"
+
+
+@pytest.mark.parametrize("judge, expected", [("self", "own"), ("nobody", "all"), ("confidence", "half"), ("peer", "peer")])
+def test_judges(clip, task, judge, expected):
+    trace = get_method("coft", **QUICK, judge=judge).fit(clip, task, progress=False).trace
+    for g in (1, 2):
+        accepted, p = trace[f"accepted_{g}"], trace[f"p_clean_{g}"]
+        if expected in ("own", "peer"):
+            assert ((p > 0.5) == accepted).all()
+        else:
+            assert accepted.all() if expected == "all" else 0.5 <= accepted.mean() < 0.55
+    if expected == "own":
+        peers = get_method("coft", **QUICK).fit(clip, task, progress=False).trace
+        assert (peers["p_clean_1"] != trace["p_clean_1"]).any() and (peers["labels_1"] == trace["labels_1"]).all()
+
+
+@pytest.mark.parametrize("kind", ["lora", "adapter"])
+def test_every_light_module_trains(clip, task, kind):
+    fitted = get_method("coft", **QUICK, light_module=kind).fit(clip, task, progress=False)
+    history = fitted.trace["histories"]["Phase I, model 1"]
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
+def test_a_setting_for_a_method_that_does_not_run_is_named():
+    with pytest.raises(ValueError, match=r"settings: 'coft' is given settings, but does not run; methods are zero-shot"):
+        Parameters(methods="zero-shot", settings={"coft": {"top_k": 8}})
+
+
+@pytest.mark.parametrize("path", PAGES, ids=[p.stem for p in PAGES])
+def test_every_page_names_what_exists(path):
+    "The variants of a page are registered methods with settings that they know."
+    code = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code" and c.source.startswith("questions = "))
+    space = {}
+    exec(code, space)
+    for question in space["questions"].values():
+        for method, settings in question.values():
+            get_method(method, **settings)
+            assert method in METHODS
+
+
+def test_an_unknown_question_is_named(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="groups: 'jury' is not known"):
+        papermill.execute_notebook(ROOT / "nbs/tables/ablations-coft.ipynb", tmp_path / "page.ipynb", dict(groups="jury", out_dir=str(tmp_path)), kernel_name="python3", progress_bar=False)
