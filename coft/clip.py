@@ -257,6 +257,7 @@ def _local_model(model, path):
     if openai and not open_clip.get_model_config(model).get("quick_gelu"): raise ValueError(f"pretrained: {str(path)!r} is in OpenAI's layout, and {model!r} would run another activation than such weights were trained with; use {_twin(model)!r}.")
     net = _random_model(model)
     needed = net.state_dict()
+    for name in {n for n, _ in net.named_buffers()} - needed.keys(): state.pop(name, None)
     if "logit_scale" in state and state["logit_scale"].numel() == 1: state["logit_scale"] = state["logit_scale"].reshape(needed["logit_scale"].shape)
     problem = _misfit({k: tuple(v.shape) for k, v in needed.items()}, {k: tuple(v.shape) for k, v in state.items()})
     if problem: raise ValueError(f"pretrained: the checkpoint {str(path)!r} does not fit {model!r}: {problem}.")
