@@ -1,6 +1,7 @@
 "Light modules: they start as the tower was, learn alone, leave the tower as it was, merge where they can, and come back from a file."
 import json
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -232,6 +233,11 @@ def test_module_comes_back_from_its_file(case, tmp_path):
         fits = json.loads(file.metadata()["light_module"])
     assert (fits["kind"], fits["model"], fits["pretrained"], fits["weights_sha256"]) == (kind, clip.name, clip.pretrained, clip.weights_sha256)
     assert [p.name for p in tmp_path.iterdir()] == ["module.safetensors"]
+
+
+def test_sizes_may_be_numbers_of_numpy(models, tmp_path):
+    path = save_light_module(LoRA(models["vit"], rank=np.int64(2), alpha=np.float32(3)), tmp_path / "lora.safetensors")
+    assert load_light_module(path, models["vit"]).settings == dict(rank=2, alpha=3.0)
 
 
 def test_module_of_another_model_is_refused(models, tmp_path):
