@@ -239,7 +239,7 @@ def save_light_module(
     from safetensors.torch import save_file
     clip = module.clip
     fits = dict(kind=module.kind, settings=module.settings, model=clip.name, pretrained=clip.pretrained, weights_sha256=clip.weights_sha256, coft=__version__)
-    with replace_file(path) as file: save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, file, {"light_module": json.dumps(fits, sort_keys=True)})
+    with replace_file(path) as file: save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, file, {"light_module": json.dumps(fits, sort_keys=True, default=lambda number: number.item())})
     return Path(path)
 
 # %% ../nbs/04_adapters.ipynb #3a9b2b86

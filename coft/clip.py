@@ -149,8 +149,7 @@ def load_clip(
 )->FrozenCLIP:
     "Load a CLIP model with frozen weights; `ValueError` says what is allowed where a name is wrong"
     import open_clip
-    if check_choice("model", model, [*EMBEDDED_MODELS, *_open_clip_models()]) in EMBEDDED_MODELS: return _load_embedded(model, pretrained, device)
-    _refuse_unsupported(model, open_clip.get_model_config(model))
+    if check_choice("model", model, _supported_models(model)) in EMBEDDED_MODELS: return _load_embedded(model, pretrained, device)
     if not isinstance(pretrained, (str, Path)): raise ValueError(f"pretrained: {'nothing' if pretrained is None else repr(pretrained)} was given for {model!r}. Allowed: {_allowed_weights(model)}.")
     _check_pixels(_is_checkpoint(model, pretrained), mean=mean, std=std)
     if pretrained == "random": net = _random_model(model)
@@ -167,10 +166,6 @@ def _check_pixels(is_checkpoint, **statistics):
         if not isinstance(v, (tuple, list)) or len(v) != 3 or not all(isinstance(x, (int, float)) for x in v): raise ValueError(f"{k}: {v!r} was given; three numbers are needed, one per channel.")
 
 # %% ../nbs/01_clip.ipynb #5b9da148
-def _open_clip_models():
-    import open_clip
-    return [m for m in open_clip.list_models() if not m.startswith("coft-")]
-
 def _working_tags(model):
     import open_clip
     quick = bool((open_clip.get_model_config(model) or {}).get("quick_gelu"))
@@ -257,6 +252,7 @@ def _local_model(model, path):
     if openai and not open_clip.get_model_config(model).get("quick_gelu"): raise ValueError(f"pretrained: {str(path)!r} is in OpenAI's layout, and {model!r} would run another activation than such weights were trained with; use {_twin(model)!r}.")
     net = _random_model(model)
     needed = net.state_dict()
+    for name in {n for n, _ in net.named_buffers()} - needed.keys(): state.pop(name, None)
     if "logit_scale" in state and state["logit_scale"].numel() == 1: state["logit_scale"] = state["logit_scale"].reshape(needed["logit_scale"].shape)
     problem = _misfit({k: tuple(v.shape) for k, v in needed.items()}, {k: tuple(v.shape) for k, v in state.items()})
     if problem: raise ValueError(f"pretrained: the checkpoint {str(path)!r} does not fit {model!r}: {problem}.")
@@ -281,15 +277,22 @@ def _check_tag(model, pretrained):
     raise ValueError(f"pretrained: {str(pretrained)!r} is neither a file nor a tag of {model!r}. Allowed: {_allowed_weights(model)}.")
 
 # %% ../nbs/01_clip.ipynb #e216b03b
-def _refuse_unsupported(model, config):
+def _supported_models(asked):
+    "Names that work; `ValueError` with the reason where `asked` is a model of open_clip's that does not"
+    import open_clip
+    reasons = {m: _why_unsupported(open_clip.get_model_config(m)) for m in open_clip.list_models() if not m.startswith("coft-")}
+    reason = reasons.get(asked) if isinstance(asked, str) else None
+    if reason: raise ValueError(f"model: {asked!r} is not supported, because {reason}. Models with open_clip's own ViT or ResNet image tower and CLIP's text tower work, such as 'ViT-B-32-quickgelu'.")
+    return [*EMBEDDED_MODELS, *(m for m, reason in reasons.items() if not reason)]
+
+def _why_unsupported(config):
     text, vision = config.get("text_cfg", {}), config.get("vision_cfg", {})
-    reason = ("it is a CoCa model" if "multimodal_cfg" in config else
-              "it is a SigLIP model, trained with a sigmoid loss and a logit bias" if "init_logit_bias" in config else
-              "its text tower comes from Hugging Face" if "hf_model_name" in text else
-              "its image tower comes from timm" if "timm_model_name" in vision else
-              "its tokenizer comes from Hugging Face" if "hf_tokenizer_name" in text else
-              "its text tower is not CLIP's causal transformer" if config.get("custom_text") or text.get("no_causal_mask") or text.get("pool_type", "argmax") != "argmax" else None)
-    if reason: raise ValueError(f"model: {model!r} is not supported, because {reason}. Models with open_clip's own ViT or ResNet image tower and CLIP's text tower work, such as 'ViT-B-32-quickgelu'.")
+    return ("it is a CoCa model" if "multimodal_cfg" in config else
+            "it is a SigLIP model, trained with a sigmoid loss and a logit bias" if "init_logit_bias" in config else
+            "its text tower comes from Hugging Face" if "hf_model_name" in text else
+            "its image tower comes from timm" if "timm_model_name" in vision else
+            "its tokenizer comes from Hugging Face" if "hf_tokenizer_name" in text else
+            "its text tower is not CLIP's causal transformer" if config.get("custom_text") or text.get("no_causal_mask") or text.get("pool_type", "argmax") != "argmax" else None)
 
 # %% ../nbs/01_clip.ipynb #576e54e5
 OPENAI_STATISTICS = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
@@ -299,7 +302,9 @@ def _load_embedded(model, pretrained, device):
     import open_clip
     from safetensors.torch import load_file
     name = f"coft-{model}"
-    card = json.loads((EMBEDDED/f"{name}.card.json").read_text())
+    card_file = EMBEDDED/f"{name}.card.json"
+    if pretrained != "random" and not card_file.is_file(): raise ValueError(f"pretrained: the weights of {model!r} are not in this installation. Allowed: 'random'; nbs/pretraining.ipynb makes the weights.")
+    card = json.loads(card_file.read_text()) if card_file.is_file() else dict(pretrained="fonts")
     if pretrained not in (None, card["pretrained"], "random"): raise ValueError(f"pretrained: {pretrained!r} was given for the embedded model. Allowed: {card['pretrained']!r}, 'random'.")
     net, tokenizer = build_embedded(name)
     weights = EMBEDDED/f"{name}.safetensors"
