@@ -9,7 +9,7 @@ __all__ = ['KEEP_BYTES', 'N_AUGMENT', 'NO_FLIP', 'CHARACTER_TEMPLATE', 'CHARACTE
            'glyphs_report_task', 'glyphs_toy_task', 'register_task', 'load_task']
 
 # %% ../nbs/02_data.ipynb #32ec503c
-import json
+import json, os
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from inspect import signature
@@ -23,7 +23,7 @@ from .core import check_choice, check_class_names, check_number, expect_error, g
 from .glyphs import CHARACTERS, Distortion, Writing, character_name, write_images
 
 # %% ../nbs/02_data.ipynb #53e3febc
-KEEP_BYTES = 2**30 # resized pixels that an image set keeps in memory
+KEEP_BYTES = int(2**30 * float(os.environ.get("COFT_KEEP_GIB", 1))) # resized pixels that an image set keeps in memory
 
 class ArrayImages:
     "Images in memory: uint8 [n, h, w] or [n, h, w, 3]"
@@ -33,7 +33,7 @@ class ArrayImages:
         pixels = np.asarray(pixels)
         if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or (pixels.ndim == 4 and pixels.shape[-1] != 3):
             raise ValueError(f"images: uint8 of shape [n, h, w] or [n, h, w, 3] is needed, {pixels.dtype} of shape {list(pixels.shape)} was given.")
-        self.pixels, self._resized = pixels, {}
+        self.pixels, self._resized = np.require(pixels, requirements="W"), {}
 
     def __len__(self): return len(self.pixels)
 
@@ -126,6 +126,7 @@ def batches(
 ): # yields (positions [b] in `index`, pixels [b, 3, size, size])
     "Batches of pixels; order and views are functions of (seed, phase, epoch, image index)"
     index = np.asarray(index)
+    if not len(index): raise ValueError("there are no images to visit. Tasks that are only tested on have no training images; tasks made without `test` have no test images.")
     order = np.arange(len(index)) if stream is None else generator(*stream, "order").permutation(len(index))
     for start in range(0, len(index), batch_size):
         place = order[start:start + batch_size]

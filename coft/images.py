@@ -135,7 +135,7 @@ def _remember(found):
         ledger.close()
     except (OSError, sqlite3.Error): pass
 
-# %% ../nbs/02a_images.ipynb #c3b48dcb
+# %% ../nbs/02a_images.ipynb #d3737aca
 @lru_cache
 def _pool(): return ThreadPoolExecutor(min(16, os.cpu_count() or 1), "coft-images")
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_pool.cache_clear)
@@ -152,9 +152,11 @@ def inspect_all(
     _recall(stamps)
     found = [_known.get(s) for s in stamps]
     todo = [i for i, f in enumerate(found) if f is None]
-    for start in tqdm(range(0, len(todo), 256), "checking images", unit_scale=256, unit="image", disable=len(todo) < 4096, file=sys.stderr):
-        rows = todo[start:start + 256]
-        for i, result in zip(rows, _pool().map(inspect, [_fetch(sources, i) for i in rows])): found[i] = result
+    with tqdm(total=len(todo), desc="checking images", unit="image", disable=len(todo) < 4096, file=sys.stderr, mininterval=1) as bar:
+        for start in range(0, len(todo), 256):
+            rows = todo[start:start + 256]
+            for i, result in zip(rows, _pool().map(inspect, [_fetch(sources, i) for i in rows])): found[i] = result
+            bar.update(len(rows))
     _remember({stamps[i]: found[i] for i in todo if stamps[i]})
     return found
 
@@ -214,7 +216,7 @@ def readable(
     if len(found) and not len(rows): raise ValueError(f"none of the {len(found)} images can be read; the first one, {aside[0][0]}: {aside[0][1]}.")
     return FileImages(sources, rows, [found[i][0] for i in rows]), rows, aside
 
-# %% ../nbs/02a_images.ipynb #90be4a3d
+# %% ../nbs/02a_images.ipynb #db737498
 def label_indices(
     labels, # class indices or class names [n]
     class_names, # C names
@@ -227,7 +229,7 @@ def label_indices(
         return np.array(labels, dtype=np.int64)
     number = {_plain(n): k for k, n in enumerate(class_names)}
     wrong = [l for l in labels if not isinstance(l, str) or _plain(l) not in number]
-    if wrong: raise ValueError(f"label {wrong[0]!r} is none of the {len(class_names)} class names ({', '.join(map(str, list(class_names)[:5]))}, ...). Correct the label, add the class, or leave the row out.")
+    if wrong: raise ValueError(f"label {wrong[0]!r} is none of the {len(class_names)} class names ({', '.join(map(str, list(class_names)[:5]))}{', ...' if len(class_names) > 5 else ''}). Correct the label, add the class, or leave the row out.")
     return np.array([number[_plain(l)] for l in labels], dtype=np.int64)
 
 def _plain(name): return " ".join(name.replace("_", " ").lower().split())

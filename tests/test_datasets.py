@@ -12,7 +12,7 @@ import pytest
 import torch
 import torchvision
 from coft import load_task, register_task
-from coft.data import TASKS, Augmentation
+from coft.data import TASKS, ArrayImages, Augmentation, batches
 from coft.datasets import (CIFAR_CROP, DATASETS, INFO, SECOND_NAMES, Listing, check_templates, llm_request, llm_templates, read_class_names,
                            read_descriptions, read_noisy_labels, read_split)
 from coft.images import task_from_table
@@ -272,6 +272,23 @@ def test_a_split_file_with_a_gap_in_its_labels_is_refused(tmp_path):
     file = tmp_path / "dtd" / DATASETS["dtd"].split
     file.write_text(file.read_text().replace(", 2, ", ", 7, "))
     assert "labels are not the numbers from 0 to 2" in message_of(load_task, "dtd", data_root=tmp_path, check_counts=False)
+
+
+def test_the_crop_of_small_images_is_padded_enlarged_and_the_same_in_every_batch():
+    images = ArrayImages(np.full((40, 32, 32, 3), 200, np.uint8))
+    one, five = ({int(i): view for place, views in batches(images, range(40), b, 56, (0, "p", 0), CIFAR_CROP) for i, view in zip(place, views)} for b in (1, 5))
+    assert all(torch.allclose(one[i], five[i], atol=1e-6) for i in range(40))
+    views = torch.stack([one[i] for i in range(40)])
+    assert views.shape == (40, 3, 56, 56) and 0 <= views.min() and views.max() <= 1
+    black = (views[:, 0] < 0.05)
+    assert black[:, 28, 28].sum() == 0 and black.flatten(1).any(1).sum() >= 30 and black.float().mean() < 0.3
+
+
+def test_an_empty_split_says_so(tmp_path):
+    miniature("imagenet_a", tmp_path)
+    task = load_task("imagenet_a", data_root=tmp_path, check_counts=False)
+    assert "no training images" in message_of(list, batches(task.unlabelled, range(0), 8, 16))
+    assert "nobody has labelled" in message_of(task.labelled, kind=PermissionError)
 
 
 # ---- the crowd's labels
