@@ -152,6 +152,7 @@ class EncoderWithHead(nn.Module):
         super().__init__()
         check_choice("head_input", head_input, HEAD_INPUTS)
         if text_head is not None and head_input == "pre_proj": raise ValueError("head_input: 'pre_proj' needs head_init='random'; a text head lives in the projected space.")
+        if head_input == "pre_proj" and not hasattr(clip.model.visual, "proj"): raise ValueError(f"head_input: 'pre_proj' was given, but the image tower of {clip.name!r} projects inside its attention pooling; use 'projected'.")
         self.clip, self.visual, self.unit = clip, clip.copy_visual(), text_head is not None
         if head_input == "pre_proj":
             width, self.visual.proj = self.visual.proj.shape[0], None

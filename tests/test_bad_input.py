@@ -34,7 +34,7 @@ def assert_says(message, *parts):
 # Unknown names
 
 @pytest.mark.parametrize("call, parts", [
-    (lambda: load_clip("embeded"), ["model: 'embeded'", "Did you mean 'embedded'?", "ViT-B-16"]),
+    (lambda: load_clip("embeded"), ["model: 'embeded'", "Did you mean 'embedded'", "ViT-B-16"]),
     (lambda: load_clip("ViT-B-23-quickgelu", "openai"), ["'ViT-B-23-quickgelu'", "Did you mean", "'ViT-B-32-quickgelu'"]),
     (lambda: load_clip("embedded", "openai"), ["pretrained: 'openai'", "'fonts'", "'random'"]),
     (lambda: load_clip("ViT-B-32", "laion"), ["pretrained: 'laion'", "'ViT-B-32'", "laion2b_s34b_b79k", "path of a checkpoint"]),
