@@ -8,7 +8,7 @@ __all__ = ['INFO', 'DATASETS', 'SECOND_NAMES', 'CIFAR_CROP', 'COOP_GUIDE', 'NOIS
            'cifar_split', 'read_noisy_labels', 'cifar_task', 'check_templates', 'llm_templates', 'llm_request',
            'read_descriptions', 'find_root', 'dataset_task']
 
-# %% ../nbs/02b_datasets.ipynb #812fa608
+# %% ../nbs/02b_datasets.ipynb #b69514de
 import json, os
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,12 +19,13 @@ import pandas as pd
 import torch
 import torchvision
 
-from .core import check_class_names, expect_error
+import coft
+from .core import expect_error
 from .data import TASKS, ArrayImages, Audit, Augmentation, Task, load_task, register_task
 from .images import SUFFIXES, Part, make_task
 
-# %% ../nbs/02b_datasets.ipynb #e1b0bf13
-INFO = Path(__file__).parent/"datasets_info" if "__file__" in globals() else Path("../coft/datasets_info")
+# %% ../nbs/02b_datasets.ipynb #33608d34
+INFO = Path(coft.__file__).parent/"datasets_info"
 
 @dataclass(frozen=True)
 class DataSet:
