@@ -45,9 +45,9 @@ def check_weights()->Check:
 
 def check_data()->Check:
     "Whether the tasks that need no download can be made"
-    from coft.data import TASKS, load_task
+    from coft.data import EMBEDDED_TASKS, load_task
     try:
-        sizes = [f"{n} ({len(t.unlabelled)} unlabelled, {len(t.test)} test)" for n in TASKS for t in [load_task(n)]]
+        sizes = [f"{n} ({len(t.unlabelled)} unlabelled, {len(t.test)} test)" for n in EMBEDDED_TASKS for t in [load_task(n)]]
         return Check("data", True, ", ".join(sizes))
     except Exception as e: return Check("data", False, f"{type(e).__name__}: {e}", "scikit-learn holds the digits and matplotlib the fonts: pip install --force-reinstall scikit-learn matplotlib")
 

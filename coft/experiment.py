@@ -120,6 +120,7 @@ class Experiment:
     table:pd.DataFrame # from `accuracy_table`
     figures:dict # name -> path of a PNG
     notes:list # sentences that a user should read
+    tasks:dict=field(default_factory=dict) # name -> `Task`
 
     def __repr__(self): return f"Experiment({len(self.runs)} runs: {', '.join(dict.fromkeys(r['method'] for r in self.runs))} on {', '.join(self.parameters.tasks)})"
 
@@ -197,15 +198,15 @@ def run_experiment(
     clip = load_clip(p.model, p.pretrained, _device(p.device))
     stages = {s for m in p.methods for s in METHODS[m].stages}
     plan = [(t, m, s) for t in p.tasks for m in p.methods if m not in stages for s in p.seeds]
-    runs, reused = [], 0
+    tasks, runs, reused = {t: load_task(t, p.data_root) for t in p.tasks}, [], 0
     for i, (t, m, s) in enumerate(plan, 1):
-        got, found = find_or_run(m, p.settings.get(m, {}), clip, load_task(t, p.data_root), s, records, p.progress)
+        got, found = find_or_run(m, p.settings.get(m, {}), clip, tasks[t], s, records, p.progress)
         runs, reused = runs + got, reused + found
         say(f"[{i}/{len(plan)}] {m} on {t}, seed {s}: {got[-1]['accuracy']:.1f} %, {got[-1]['seconds']:.0f} s{' (reused)' if found else ''}", flush=True)
     notes = [f"{reused} of {len(plan)} runs were finished before and reused."] if reused else []
     notes += [f"{r['method']} on {r['task']}, seed {r['seed']}: {m}" for r in runs for m in r["messages"]]
-    table = accuracy_table(runs, lambda r: _correctness(records.arrays(r["key"])["test_probabilities"], load_task(r["task"], p.data_root).audit.test))
-    experiment = Experiment(p, records, runs, table, {}, list(dict.fromkeys(notes)))
+    table = accuracy_table(runs, lambda r: _correctness(records.arrays(r["key"])["test_probabilities"], tasks[r["task"]].audit.test))
+    experiment = Experiment(p, records, runs, table, {}, list(dict.fromkeys(notes)), tasks)
     with replace_file(records.folder/"table.csv") as f: table.to_csv(f, index=False)
     with replace_file(records.folder/"table.md") as f: f.write_text(f"{table_markdown(table)}\n{experiment.provenance()}\n")
     experiment.figures = draw_figures(experiment)
@@ -282,7 +283,7 @@ def draw_figures(
         coft = next((r for r in mine if r["method"] == "coft"), None)
         base = next((r for r in mine if r["method"] == "zero-shot"), None)
         if coft and base:
-            view = plots.RunView.from_arrays(arrays(coft["key"]), load_task(t, experiment.parameters.data_root), arrays(base["key"])["test_probabilities"].mean(0), arrays(coft["key"])["test_probabilities"].mean(0))
+            view = plots.RunView.from_arrays(arrays(coft["key"]), experiment.tasks[t], arrays(base["key"])["test_probabilities"].mean(0), arrays(coft["key"])["test_probabilities"].mean(0))
             drawn |= {n: getattr(plots, f"plot_{n}")(view) for n in ("class_quality", "clean_histogram", "selection_by_confidence", "reliability", "confusion", "images")}
         for n, figure in drawn.items():
             path = folder/(f"{n}.png" if t == experiment.parameters.tasks[0] else f"{t}-{n}.png")
