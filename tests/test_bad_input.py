@@ -40,7 +40,7 @@ def assert_says(message, *parts):
     (lambda: load_clip("ViT-B-32", "laion"), ["pretrained: 'laion'", "'ViT-B-32'", "laion2b_s34b_b79k", "path of a checkpoint"]),
     (lambda: load_clip("ViT-B-32"), ["pretrained: nothing was given for 'ViT-B-32'", "'random'"]),
     (lambda: load_clip("ViT-B-32", "openai"), ["'ViT-B-32'", "'openai'", "'ViT-B-32-quickgelu'"]),
-    (lambda: load_task("digit"), ["task: 'digit'", "Did you mean 'digits'?", "glyphs-dev"]),
+    (lambda: load_task("digit"), ["task: 'digit'", "Did you mean 'digits'", "glyphs-dev"]),
     (lambda: get_method("cooft"), ["method: 'cooft'", "Did you mean 'coft'", "top-k", "zero-shot"]),
     (lambda: get_method("coft", topk=3), ["setting of coft: 'topk'", "Did you mean 'top_k'", "phase1_lr"]),
     (lambda: preset("coft", "papers"), ["preset: 'papers'", "Did you mean 'paper'?", "embedded"]),
