@@ -149,6 +149,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'coft.collaborate.cross_validate': ('collaborate.html#cross_validate', 'coft/collaborate.py'),
                                   'coft.collaborate.first_labels': ('collaborate.html#first_labels', 'coft/collaborate.py'),
                                   'coft.collaborate.phase1': ('collaborate.html#phase1', 'coft/collaborate.py'),
+                                  'coft.collaborate.phase1_folder': ('collaborate.html#phase1_folder', 'coft/collaborate.py'),
                                   'coft.collaborate.phase2': ('collaborate.html#phase2', 'coft/collaborate.py'),
                                   'coft.collaborate.templates_of': ('collaborate.html#templates_of', 'coft/collaborate.py')},
             'coft.contrast': { 'coft.contrast.ContrastView': ('contrast.html#contrastview', 'coft/contrast.py'),

@@ -22,7 +22,7 @@ from .core import check_choice, check_flag, expect_error, replace_file
 from .data import PROFILE_TASKS, TASKS, load_task
 from .filtering import selection_report
 from .protocol import METHODS, PRESET_NAMES, get_method
-from .results import SCHEMA, Records, accuracy_table, git_state, installed_versions, machine_name, measured, published_names, published_table, record_key, table_markdown
+from .results import REVISION, SCHEMA, Records, accuracy_table, git_state, installed_versions, machine_name, measured, published_names, published_table, record_key, table_markdown
 
 # %% ../nbs/12_experiment.ipynb #da118a47
 DEFAULT_METHODS = ["zero-shot", "zero-shot-ensemble", "top-k", "coft", "supervised"]
@@ -151,15 +151,17 @@ def run_method(
     seed:int, # of the run
     records:Records, # where to store it
     progress:bool=True, # whether to show bars
+    share:bool=False, # take finished Phases I of other runs from `records.folder/phases`, and leave one's own there
 )->list: # its record, and those of its earlier stages
     "One run: fit, predict the test split, store arrays and record"
     key = record_key(method.name, asdict(method.settings_for(clip.preset)), task.data_sha256, clip.weights_sha256, seed)
     unfinished = records.folder/"unfinished"/key
     resumed = unfinished.exists()
     with measured() as cost:
-        fitted = method.fit(clip, task, seed, progress, unfinished)
+        fitted = method.fit(clip, task, seed, progress, unfinished, records.folder/"phases"/f"revision-{REVISION}" if share else None)
         results = {f.method: (f, f.predict_all(task.test)) for f in (*fitted.stages.values(), fitted)}
     truth, added = task.audit.test, []
+    resumed |= any(f.trace.get("found_phases") for f in (*fitted.stages.values(), fitted))
     for name, (f, P) in results.items():
         settings = method.settings_for(clip.preset)
         record = dict(schema=SCHEMA, key=record_key(name, asdict(settings), task.data_sha256, clip.weights_sha256, seed), method=name, task=task.name, model=clip.name, pretrained=clip.pretrained, seed=seed) | _accuracies(P, truth)
@@ -179,6 +181,7 @@ def find_or_run(
     seed:int, # of the run
     records:Records, # finished runs
     progress:bool=True, # whether to show bars
+    share:bool=False, # take finished Phases I of other runs from `records.folder/phases`, and leave one's own there
 ): # (records, whether they were found)
     "The finished run with this content, or a new one"
     method = get_method(name, **overrides)
@@ -186,7 +189,7 @@ def find_or_run(
     keys = [record_key(n, settings, task.data_sha256, clip.weights_sha256, seed) for n in (*method.stages, name)]
     found = [records.find(k) for k in keys]
     if all(found): return found, True
-    return run_method(method, clip, task, seed, records, progress), False
+    return run_method(method, clip, task, seed, records, progress, share), False
 
 # %% ../nbs/12_experiment.ipynb #c586135e
 def run_experiment(
@@ -245,7 +248,7 @@ def _run_variant(method, settings, p, task, seed, one_thread):
     import torch
     if one_thread: torch.set_num_threads(1)
     clip = load_clip(p.model, p.pretrained, _device(p.device))
-    return find_or_run(method, settings, clip, load_task(task, p.data_root), seed, Records(project_root()/p.out_dir), progress=False)[0][-1]
+    return find_or_run(method, settings, clip, load_task(task, p.data_root), seed, Records(project_root()/p.out_dir), progress=False, share=True)[0][-1]
 
 # %% ../nbs/12_experiment.ipynb #f561a487
 def run_page(

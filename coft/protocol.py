@@ -71,6 +71,7 @@ class Run:
     settings:object # the method's settings
     progress:bool=True # whether to show a bar per phase
     folder:Path|None=None # where phases keep their state; None keeps nothing
+    phases:Path|None=None # where finished phases are kept for runs that share them; None shares nothing
 
 class Method:
     "Base of all methods; subclasses set `name`, `Settings` and `_fit`"
@@ -100,10 +101,11 @@ class Method:
         seed:int=0, # of everything random
         progress:bool=True, # whether to show a bar per phase
         folder=None, # where training phases keep their state, so that the same call goes on after a crash
+        phases=None, # where finished Phases I are kept and found again by runs that differ only in what follows
     )->Fitted:
         "Adapt; a label-free method gets the task without its labels"
         settings = self.settings_for(clip.preset)
-        fitted = self._fit(Run(clip, task if self.supervised else task.blind(), seed, settings, progress, Path(folder) if folder is not None else None))
+        fitted = self._fit(Run(clip, task if self.supervised else task.blind(), seed, settings, progress, *(Path(f) if f is not None else None for f in (folder, phases))))
         set_aside = [f"{len(task.quarantine)} files could not be read and are not among the images; the first is {task.quarantine[0][0]} ({task.quarantine[0][1]})."] if task.quarantine else []
         for f in (fitted, *fitted.stages.values()): f.settings, f.messages = asdict(settings), set_aside + f.messages
         return fitted
