@@ -13,7 +13,7 @@ _HOME = {
     "Method": "protocol", "Fitted": "protocol", "Run": "protocol", "METHODS": "rivals", "get_method": "rivals",
     "CoFT": "collaborate", "CoFTPhase1": "collaborate", "CoFTPlus": "collaborate", "CoFTSemi": "collaborate", "CoFTPlusSemi": "collaborate", "CoFTX": "ours",
     "ZeroShot": "rivals", "ZeroShotEnsemble": "rivals", "TopK": "rivals", "Supervised": "rivals",
-    "Parameters": "experiment", "run_experiment": "experiment", "run_variants": "experiment", "published_table": "results",
+    "Parameters": "experiment", "run_experiment": "experiment", "run_variants": "experiment", "variants_table": "experiment", "published_table": "results",
 }
 __all__ = list(_HOME)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_METHODS', 'TABLES', 'DEVICES', 'Parameters', 'parameters_from', 'project_root', 'Experiment', 'run_method',
-           'find_or_run', 'run_experiment', 'run_variants', 'run_page', 'draw_figures']
+           'find_or_run', 'run_experiment', 'run_variants', 'variants_table', 'run_page', 'draw_figures']
 
 # %% ../nbs/12_experiment.ipynb #715a21f5
 import json, os, shutil, sys
@@ -225,10 +225,9 @@ def _device(name):
 def run_variants(
     variants:dict, # label -> (registered method, settings)
     p:Parameters, # tasks, seeds, model, folder
-    baseline:str, # label that differences are counted from
     workers:int=1, # processes; more than one take one thread each
     say=print, # where a line per run goes
-)->tuple: # (records with the label as `method`, table as of `accuracy_table`)
+)->list: # records with the label as `method`, in the order of tasks, variants, seeds
     "Run every variant on every task with every seed"
     late = {s for m in METHODS.values() for s in m.stages}
     order = sorted(variants, key=lambda v: variants[v][0] in late)
@@ -238,10 +237,17 @@ def run_variants(
         for (t, v, s), r in zip(group, Parallel(workers, return_as="generator")(delayed(_run_variant)(*variants[v], p, t, s, workers > 1) for t, v, s in group)):
             runs.append(r | dict(method=v, registered=r["method"]))
             say(f"[{len(runs)}/{len(plan)}] {v} on {t}, seed {s}: {r['accuracy']:.1f} %, {r['seconds']:.0f} s", flush=True)
-    records = Records(project_root()/p.out_dir)
     place = {v: i for i, v in enumerate(variants)}
-    runs.sort(key=lambda r: (r["task"], place[r["method"]], r["seed"]))
-    return runs, accuracy_table(runs, lambda r: _correctness(records.arrays(r["key"])["test_probabilities"], load_task(r["task"], p.data_root).audit.test), baseline)
+    return sorted(runs, key=lambda r: (p.tasks.index(r["task"]), place[r["method"]], r["seed"]))
+
+def variants_table(
+    runs:list, # some of what `run_variants` gave
+    p:Parameters, # likewise
+    baseline:str, # label that differences are counted from
+)->pd.DataFrame: # as of `accuracy_table`
+    "Accuracies of variants, and their paired differences from one of them"
+    records = Records(project_root()/p.out_dir)
+    return accuracy_table(runs, lambda r: _correctness(records.arrays(r["key"])["test_probabilities"], load_task(r["task"], p.data_root).audit.test), baseline)
 
 # %% ../nbs/12_experiment.ipynb #f2e6fe8c
 def _run_variant(method, settings, p, task, seed, one_thread):

@@ -164,7 +164,7 @@ def accuracy_table(
         shared = sorted(reference)
         accuracies = np.array([group[s]["accuracy"] for s in seeds])
         row = dict(task=task, method=method, seeds=len(seeds), accuracy=accuracies.mean(), std=accuracies.std(ddof=1) if len(seeds) > 1 else np.nan,
-                   ensemble=np.mean([group[s].get("accuracy_ensemble", np.nan) for s in seeds]), seconds=np.mean([group[s]["seconds"] for s in seeds]))
+                   ensemble=np.mean([group[s].get("accuracy_ensemble", np.nan) for s in seeds]), seconds=np.mean([r["seconds"] for r in group.values() if not r.get("resumed")] or [np.nan]))
         if shared and method != baseline:
             gain = paired_interval(np.stack([correctness(group[s]) for s in shared]), np.stack([correctness(reference[s]) for s in shared]))
             row |= dict(zip(("gain", "low", "high"), gain))
@@ -188,7 +188,7 @@ def table_markdown(
     for r in table.itertuples():
         spread = "" if pd.isna(r.std) else f" ± {r.std:.1f}"
         interval = "" if pd.isna(r.low) else f"{r.low:+.1f} to {r.high:+.1f}"
-        lines.append(f"| {r.task} | {r.method} | {r.accuracy:.1f}{spread} | {number(r.ensemble)} | {number(r.gain, '+')} | {interval} | {r.seeds} | {r.seconds:.0f} |")
+        lines.append(f"| {r.task} | {r.method} | {r.accuracy:.1f}{spread} | {number(r.ensemble)} | {number(r.gain, '+')} | {interval} | {r.seeds} | {'' if pd.isna(r.seconds) else f'{r.seconds:.0f}'} |")
     return "\n".join(lines) + "\n"
 
 # %% ../nbs/10_results.ipynb #eb8cc83d

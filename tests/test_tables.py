@@ -4,8 +4,9 @@ import pandas as pd
 import papermill
 import pytest
 from coft.data import TASKS
-from coft.experiment import Parameters, run_variants
+from coft.experiment import Parameters, run_variants, variants_table
 from coft.protocol import METHODS, get_method
+from coft.results import table_markdown
 from helpers import QUICK, ROOT
 
 PAGES = sorted((ROOT / "nbs/tables").glob("*.ipynb"))
@@ -21,13 +22,16 @@ def toy(task, tmp_path, monkeypatch):
 def test_variants_are_compared_with_the_baseline(toy):
     variants = {"zero-shot": ("zero-shot", {}), "coft": ("coft", QUICK), "all kept": ("coft", QUICK | dict(judge="nobody")), "Phase I only": ("coft-phase1", QUICK)}
     said = []
-    runs, table = run_variants(variants, toy, "coft", say=lambda line, **_: said.append(line))
+    runs = run_variants(variants, toy, say=lambda line, **_: said.append(line))
+    table = variants_table(runs, toy, "coft")
     assert [r["method"] for r in runs] == [v for v in variants for _ in (0, 1)] and len(said) == 8
     assert table.method.tolist() == list(variants) and (table.seeds == 2).all()
     assert pd.isna(table.gain[1]) and table.gain.notna().sum() == 3
     accuracy = dict(zip(table.method, table.accuracy))
     assert table.gain[2] == pytest.approx(accuracy["all kept"] - accuracy["coft"], abs=1e-6)
-    again, _ = run_variants(variants, toy, "coft", say=lambda line, **_: None)
+    assert [r["resumed"] for r in runs if r["method"] == "all kept"] == [True, True], "its Phase I was coft's"
+    assert table.seconds.isna().tolist() == [False, False, True, False] and "nan" not in table_markdown(table, "coft")
+    again = run_variants(variants, toy, say=lambda line, **_: None)
     assert [r["finished"] for r in again] == [r["finished"] for r in runs], "a second time every run is found"
 
 
