@@ -149,7 +149,9 @@ def load_clip(
 )->FrozenCLIP:
     "Load a CLIP model with frozen weights; `ValueError` says what is allowed where a name is wrong"
     import open_clip
-    if check_choice("model", model, _supported_models(model)) in EMBEDDED_MODELS: return _load_embedded(model, pretrained, device)
+    if check_choice("model", model, _supported_models(model)) in EMBEDDED_MODELS:
+        _check_pixels(False, mean=mean, std=std)
+        return _load_embedded(model, pretrained, device)
     if not isinstance(pretrained, (str, Path)): raise ValueError(f"pretrained: {'nothing' if pretrained is None else repr(pretrained)} was given for {model!r}. Allowed: {_allowed_weights(model)}.")
     _check_pixels(_is_checkpoint(model, pretrained), mean=mean, std=std)
     if pretrained == "random": net = _random_model(model)
@@ -302,9 +304,7 @@ def _load_embedded(model, pretrained, device):
     import open_clip
     from safetensors.torch import load_file
     name = f"coft-{model}"
-    card_file = EMBEDDED/f"{name}.card.json"
-    if pretrained != "random" and not card_file.is_file(): raise ValueError(f"pretrained: the weights of {model!r} are not in this installation. Allowed: 'random'; nbs/pretraining.ipynb makes the weights.")
-    card = json.loads(card_file.read_text()) if card_file.is_file() else dict(pretrained="fonts")
+    card = json.loads((EMBEDDED/f"{name}.card.json").read_text())
     if pretrained not in (None, card["pretrained"], "random"): raise ValueError(f"pretrained: {pretrained!r} was given for the embedded model. Allowed: {card['pretrained']!r}, 'random'.")
     net, tokenizer = build_embedded(name)
     weights = EMBEDDED/f"{name}.safetensors"

@@ -290,10 +290,6 @@ def test_pretrained_of_another_kind(given):
 
 @pytest.mark.parametrize("name", EMBEDDED_MODELS)
 def test_embedded_models(name):
-    if not (EMBEDDED / f"coft-{name}.card.json").is_file():
-        assert load_clip(name, "random").name == name
-        refused("nbs/pretraining.ipynb makes the weights", name)
-        pytest.skip(f"the weights of {name} are not made yet")
     clip = load_clip(name)
     assert (clip.name, clip.pretrained, clip.image_size, clip.preset) == (name, "fonts", 24, "embedded")
     assert load_clip(name, "random").weights_sha256 != clip.weights_sha256
@@ -301,6 +297,14 @@ def test_embedded_models(name):
     head = zero_shot_head(clip, ["digit one", "digit two"], "a photo of the {}.")
     assert head.shape == (2, clip.embed_dim)
     refused("'fonts', 'random'", name, "openai")
+    with pytest.raises(ValueError, match="mean: only a local checkpoint"):
+        load_clip(name, mean=(0, 0, 0))
+    assert (EMBEDDED / f"coft-{name}.safetensors").stat().st_size < 4e6
+
+
+def test_the_larger_embedded_model_is_larger():
+    small, large = (sum(p.numel() for p in load_clip(m).model.visual.parameters()) for m in EMBEDDED_MODELS)
+    assert large > 1.5 * small
 
 
 def test_configurations_of_the_package_are_not_offered_twice():
