@@ -32,7 +32,7 @@ setup(
     package_dir={"coft.notebooks": "nbs"},
     package_data={
         "coft": ["embedded/*", "presets/*.json", "published/*.json", "datasets_info/*.json"],
-        "coft.notebooks": ["**/*.ipynb", "**/*.csv", "**/*.png", "**/*.svg"],
+        "coft.notebooks": ["**/*.ipynb", "**/*.csv", "**/*.png", "**/*.svg", "**/*.npz"],
     },
     include_package_data=False,
     zip_safe=False,

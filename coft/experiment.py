@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_METHODS', 'TABLES', 'DEVICES', 'Parameters', 'parameters_from', 'project_root', 'Experiment', 'run_method',
-           'find_or_run', 'run_experiment', 'run_variants', 'variants_table', 'run_page', 'draw_figures']
+           'find_or_run', 'run_experiment', 'run_variants', 'variants_table', 'run_page', 'packed_runs', 'draw_figures']
 
 # %% ../nbs/12_experiment.ipynb #715a21f5
 import json, os, shutil, sys
@@ -136,7 +136,7 @@ class Experiment:
 # %% ../nbs/12_experiment.ipynb #1b1d626f
 def _stages(runs): return {s for r in runs for s in METHODS[r["method"]].stages}
 
-def _correctness(P, truth): return (P.argmax(-1) == truth).mean(0)
+def _correctness(records): return lambda r: records.arrays(r["key"])["test_right"].mean(0)
 
 def _accuracies(P, truth):
     single = [100 * float((p.argmax(1) == truth).mean()) for p in P]
@@ -167,7 +167,7 @@ def run_method(
         record = dict(schema=SCHEMA, key=record_key(name, asdict(settings), task.data_sha256, clip.weights_sha256, seed), method=name, task=task.name, model=clip.name, pretrained=clip.pretrained, seed=seed) | _accuracies(P, truth)
         record |= dict(n_train=len(task.unlabelled), n_test=len(task.test), **cost, resumed=resumed, preset=method.preset or clip.preset, settings=asdict(settings), messages=f.messages, pseudo_labels=selection_report(f.trace, task.audit.train), quarantine=[list(q) for q in task.quarantine], versions=installed_versions(),
                        git=git_state(Path(__file__).parent if "__file__" in globals() else "."), machine=machine_name(), device=str(clip.device), weights_sha256=clip.weights_sha256, data_sha256=task.data_sha256, finished=datetime.now(timezone.utc).isoformat(timespec="seconds"))
-        records.add(record, {"test_probabilities": P} | {k: v for k, v in f.trace.items() if isinstance(v, np.ndarray)})
+        records.add(record, {"test_probabilities": P, "test_right": P.argmax(-1) == truth} | {k: v for k, v in f.trace.items() if isinstance(v, np.ndarray)})
         added.append(record)
     shutil.rmtree(unfinished, ignore_errors=True)
     return added
@@ -208,7 +208,7 @@ def run_experiment(
         say(f"[{i}/{len(plan)}] {m} on {t}, seed {s}: {got[-1]['accuracy']:.1f} %, {got[-1]['seconds']:.0f} s{' (reused)' if found else ''}", flush=True)
     notes = [f"{reused} of {len(plan)} runs were finished before and reused."] if reused else []
     notes += [f"{r['method']} on {r['task']}, seed {r['seed']}: {m}" for r in runs for m in r["messages"]]
-    table = accuracy_table(runs, lambda r: _correctness(records.arrays(r["key"])["test_probabilities"], tasks[r["task"]].audit.test))
+    table = accuracy_table(runs, _correctness(records))
     experiment = Experiment(p, records, runs, table, {}, list(dict.fromkeys(notes)), tasks)
     with replace_file(records.folder/"table.csv") as f: table.to_csv(f, index=False)
     with replace_file(records.folder/"table.md") as f: f.write_text(f"{table_markdown(table)}\n{experiment.provenance()}\n")
@@ -227,6 +227,7 @@ def run_variants(
     p:Parameters, # tasks, seeds, model, folder
     workers:int=1, # processes; more than one take one thread each
     say=print, # where a line per run goes
+    packed=None, # file of packed runs that are taken as they are
 )->list: # records with the label as `method`, in the order of tasks, variants, seeds
     "Run every variant on every task with every seed"
     late = {s for m in METHODS.values() for s in m.stages}
@@ -234,7 +235,7 @@ def run_variants(
     plan = [(t, v, s) for v in order for t in p.tasks for s in p.seeds]
     runs = []
     for group in ([x for x in plan if (variants[x[1]][0] in late) == is_late] for is_late in (False, True)):
-        for (t, v, s), r in zip(group, Parallel(workers, return_as="generator")(delayed(_run_variant)(*variants[v], p, t, s, workers > 1) for t, v, s in group)):
+        for (t, v, s), r in zip(group, Parallel(workers, return_as="generator")(delayed(_run_variant)(*variants[v], p, t, s, workers > 1, packed) for t, v, s in group)):
             runs.append(r | dict(method=v, registered=r["method"]))
             say(f"[{len(runs)}/{len(plan)}] {v} on {t}, seed {s}: {r['accuracy']:.1f} %, {r['seconds']:.0f} s", flush=True)
     place = {v: i for i, v in enumerate(variants)}
@@ -244,17 +245,17 @@ def variants_table(
     runs:list, # some of what `run_variants` gave
     p:Parameters, # likewise
     baseline:str, # label that differences are counted from
+    packed=None, # as in `run_variants`
 )->pd.DataFrame: # as of `accuracy_table`
     "Accuracies of variants, and their paired differences from one of them"
-    records = Records(project_root()/p.out_dir)
-    return accuracy_table(runs, lambda r: _correctness(records.arrays(r["key"])["test_probabilities"], load_task(r["task"], p.data_root).audit.test), baseline)
+    return accuracy_table(runs, _correctness(Records(project_root()/p.out_dir, packed)), baseline)
 
 # %% ../nbs/12_experiment.ipynb #f2e6fe8c
-def _run_variant(method, settings, p, task, seed, one_thread):
+def _run_variant(method, settings, p, task, seed, one_thread, packed):
     import torch
     if one_thread: torch.set_num_threads(1)
     clip = load_clip(p.model, p.pretrained, _device(p.device))
-    return find_or_run(method, settings, clip, load_task(task, p.data_root), seed, Records(project_root()/p.out_dir), progress=False, share=True)[0][-1]
+    return find_or_run(method, settings, clip, load_task(task, p.data_root), seed, Records(project_root()/p.out_dir, packed), progress=False, share=True)[0][-1]
 
 # %% ../nbs/12_experiment.ipynb #f561a487
 def run_page(
@@ -270,6 +271,15 @@ def run_page(
     known = papermill.inspect_notebook(str(source))
     papermill.execute_notebook(str(source), str(target), {k: v for k, v in given.items() if k in known and v is not None}, kernel_name="python3", progress_bar=False, cwd=os.getcwd())
     return target
+
+def packed_runs(
+    name:str, # of a page in `tables/`
+)->Path:
+    "The file of packed runs that comes with a page; `ValueError` if it has none"
+    path = _notebooks()/"tables"/f"{name}.runs.npz"
+    if not path.exists(): raise ValueError(f"packed: the page {name!r} comes without runs ({path.name} is not there). Run it with packed=False.")
+    return path
+
 
 # %% ../nbs/12_experiment.ipynb #b621e9a4
 def _notebooks():

@@ -7,7 +7,7 @@ __all__ = ['SCHEMA', 'REVISION', 'PUBLISHED', 'record_key', 'installed_versions'
            'Records', 'paired_interval', 'accuracy_table', 'table_markdown', 'published_table', 'published_names']
 
 # %% ../nbs/10_results.ipynb #04847f73
-import importlib.metadata, json, os, platform, subprocess, tempfile, threading, time
+import importlib.metadata, json, os, platform, subprocess, tempfile, threading, time, zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -85,7 +85,9 @@ class Records:
     "The finished runs of a folder: `records.jsonl`, and `runs/KEY.npz` with the arrays of each"
     def __init__(self,
         folder, # is made if it does not exist
+        packed=None, # a file that `pack` wrote, whose runs are found as well
     ):
+        self.packed = _unpack(Path(packed)) if packed is not None else {}
         self.folder, self.path = Path(folder), Path(folder)/"records.jsonl"
         try: (self.folder/"runs").mkdir(parents=True, exist_ok=True)
         except OSError as e: raise ValueError(f"out_dir: {str(folder)!r} cannot be written ({e.strerror}). Give a folder that you may write to.") from e
@@ -110,12 +112,14 @@ class Records:
 
     def find(self, key:str)->dict|None:
         "The record with this key whose arrays are there too"
-        return next((r for r in self.load() if r["key"] == key and self.arrays_path(key).exists()), None)
+        own = next((r for r in self.load() if r["key"] == key and self.arrays_path(key).exists()), None)
+        return own or self.packed.get(key, (None,))[0]
 
     def arrays_path(self, key:str)->Path: return self.folder/"runs"/f"{key}.npz"
 
     def arrays(self, key:str)->dict: # name -> array
-        "The arrays of a run"
+        "The arrays of a run; of a packed one `test_right` alone, which is bool [members, n]"
+        if not self.arrays_path(key).exists() and key in self.packed: return {"test_right": self.packed[key][1]}
         with np.load(self.arrays_path(key), allow_pickle=False) as f: return {k: f[k] for k in f.files}
 
     def add(self, record:dict, arrays:dict):
@@ -127,11 +131,26 @@ class Records:
             f.flush()
             os.fsync(f.fileno())
 
+    def pack(self, path)->int: # number of runs
+        "Write all runs, packed ones included, into one small file: records, and which test images each model got right"
+        runs = {k: r for k, (r, _) in self.packed.items()} | {r["key"]: r for r in self.load() if self.arrays_path(r["key"]).exists()}
+        bits = {k: np.packbits(self.arrays(k)["test_right"], axis=1) for k in sorted(runs)}
+        with replace_file(path) as temporary: np.savez_compressed(temporary, records=json.dumps([runs[k] for k in sorted(runs)]), **bits)
+        return len(runs)
+
+
 # %% ../nbs/10_results.ipynb #f6c1f6e8
 def _parse(line):
     try: record = json.loads(line)
     except json.JSONDecodeError: return None
     return record if isinstance(record, dict) and "key" in record else None
+
+def _unpack(path):
+    try:
+        with np.load(path, allow_pickle=False) as f: return {r["key"]: (r, np.unpackbits(f[r["key"]], axis=1, count=r["n_test"]).astype(bool)) for r in json.loads(str(f["records"]))}
+    except FileNotFoundError: raise
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e: raise ValueError(f"packed: {str(path)!r} is no file of packed runs ({type(e).__name__}: {e}). Give a file that `Records.pack` wrote, or none.") from e
+
 
 # %% ../nbs/10_results.ipynb #38fdb44a
 def paired_interval(

@@ -1,4 +1,6 @@
 "Variants of a method and the pages that compare them."
+from dataclasses import replace
+
 import nbformat
 import pandas as pd
 import papermill
@@ -6,7 +8,7 @@ import pytest
 from coft.data import TASKS
 from coft.experiment import Parameters, run_variants, variants_table
 from coft.protocol import METHODS, get_method
-from coft.results import table_markdown
+from coft.results import Records, table_markdown
 from helpers import QUICK, ROOT
 
 PAGES = sorted((ROOT / "nbs/tables").glob("*.ipynb"))
@@ -33,6 +35,19 @@ def test_variants_are_compared_with_the_baseline(toy):
     assert table.seconds.isna().tolist() == [False, False, True, False] and "nan" not in table_markdown(table, "coft")
     again = run_variants(variants, toy, say=lambda line, **_: None)
     assert [r["finished"] for r in again] == [r["finished"] for r in runs], "a second time every run is found"
+
+
+def test_packed_runs_stand_for_the_runs_themselves(toy, tmp_path):
+    variants, packed, silent = {"zero-shot": ("zero-shot", {}), "coft": ("coft", QUICK)}, tmp_path / "page.runs.npz", lambda line, **_: None
+    runs = run_variants(variants, toy, say=silent)
+    table = variants_table(runs, toy, "zero-shot")
+    assert Records(toy.out_dir).pack(packed) == len(runs) + 2, "Phase I of coft comes along"
+    elsewhere = replace(toy, out_dir=tmp_path / "elsewhere")
+    taken = run_variants(variants, elsewhere, say=silent, packed=packed)
+    assert taken == runs and not any((tmp_path / "elsewhere").glob("runs/*"))
+    pd.testing.assert_frame_equal(variants_table(taken, elsewhere, "zero-shot", packed), table)
+    other = run_variants({"coft": ("coft", QUICK | dict(judge="nobody"))}, elsewhere, say=silent, packed=packed)
+    assert other[0]["key"] not in [r["key"] for r in runs] and any((tmp_path / "elsewhere").glob("runs/*")), "what is not packed is run"
 
 
 @pytest.mark.parametrize("judge, expected", [("self", "own"), ("nobody", "all"), ("confidence", "half"), ("peer", "peer")])

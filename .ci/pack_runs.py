@@ -1,0 +1,20 @@
+"""Keep the finished runs of a folder beside the page that they belong to: pack_runs.py OUT_DIR PAGE
+
+Runs that are packed already stay. After a change of `REVISION` none of them is found again: delete the file first.
+"""
+import sys
+from pathlib import Path
+
+from coft.results import Records
+
+
+def pack_runs(out_dir: Path, page: Path) -> int:
+    """Number of runs in the file."""
+    target = page.with_suffix(".runs.npz")
+    return Records(out_dir, target if target.exists() else None).pack(target)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    print(f"{pack_runs(Path(sys.argv[1]), Path(sys.argv[2]))} runs packed for {sys.argv[2]}")
