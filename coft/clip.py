@@ -105,6 +105,10 @@ class FrozenCLIP:
         "Temperature of Eq. 1: the inverse of the frozen logit scale"
         return float(1 / self.model.logit_scale.detach().exp())
     @property
+    def model_sha256(self)->str:
+        "Digest of what the numbers depend on: architecture by name, weights, pixel statistics"
+        return sha256_of(self.name, self.weights_sha256, self.mean.numpy(), self.std.numpy())
+    @property
     def embed_dim(self)->int: return self.model.visual.output_dim
 
     def normalize(self, pixels:torch.Tensor)->torch.Tensor: # [n, 3, h, w] float

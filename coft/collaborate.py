@@ -6,7 +6,8 @@
 __all__ = ['JUDGES', 'TEMPLATE_SETS', 'SINGLE_TEMPLATE', 'AFTER_PHASE1', 'PEER_SEED', 'ROUND_SEED', 'RANKINGS', 'CONTRAST_VIEWS',
            'LABEL_VIEWS', 'CoFTSettings', 'templates_of', 'first_labels', 'PromptedModel', 'phase1_folder', 'phase1',
            'cross_validate', 'phase2', 'CoFT', 'CoFTPhase1', 'CoFTPlusSettings', 'contrast_views', 'CoFTPlus',
-           'CoFTPlusPhase1', 'CoFTSemiSettings', 'CoFTPlusSemiSettings', 'CoFTSemi', 'CoFTPlusSemi']
+           'CoFTPlusPhase1', 'CoFTSemiSettings', 'CoFTPlusSemiSettings', 'CoFTSemi', 'CoFTSemiPhase1', 'CoFTPlusSemi',
+           'CoFTPlusSemiPhase1']
 
 # %% ../nbs/07_collaborate.ipynb #1e8e3f49
 import json
@@ -27,7 +28,7 @@ from .data import Task, batches, load_task
 from .filtering import Similarities, collapse_warning, select_topk, selection_warnings, softmax_probabilities
 from .prompts import L2_GRAD, DualPrompt, dual_prompt_losses, random_complement
 from .protocol import Fitted, Method, Run
-from .trainer import HEAD_INITS, HEAD_INPUTS, OPTIMIZERS, EncoderWithHead, Schedule, predict, train
+from .trainer import EncoderWithHead, Schedule, check_head, predict, train
 
 # %% ../nbs/07_collaborate.ipynb #058ccf07
 JUDGES = ("peer", "self", "nobody", "confidence")
@@ -67,7 +68,7 @@ class CoFTSettings:
     rounds, rank_by, contrastive = 1, "confidence", False # what CoFT+ makes settings of
 
     def __post_init__(self):
-        for name, allowed in (("template_set", TEMPLATE_SETS), ("light_module", LIGHT_MODULES), ("visual_depth", DEPTHS), ("l2_grad", L2_GRAD), ("judge", JUDGES), ("head_init", HEAD_INITS), ("head_input", HEAD_INPUTS)):
+        for name, allowed in (("template_set", TEMPLATE_SETS), ("light_module", LIGHT_MODULES), ("visual_depth", DEPTHS), ("l2_grad", L2_GRAD), ("judge", JUDGES)):
             check_choice(name, getattr(self, name), allowed)
         for name in ("label_model", "label_pretrained"):
             if not isinstance(getattr(self, name), str): raise ValueError(f"{name}: {getattr(self, name)!r} was given; a text is needed.")
@@ -75,6 +76,7 @@ class CoFTSettings:
         for name in ("top_k", "n_context", "n_visual", "lora_rank", "adapter_width"): check_number(name, getattr(self, name), low=1, integer=True)
         for name in ("context_std", "l2_weight"): check_number(name, getattr(self, name), low=0)
         for name in ("fill_short", "strict_filter"): check_flag(name, getattr(self, name))
+        check_head(self.head_init, self.head_input)
         self.schedule(1), self.schedule(2)
 
     def schedule(self, phase:int)->Schedule:
@@ -159,8 +161,7 @@ def phase1_folder(
 )->Path|None: # named after everything that Phase I depends on
     "Where the state of this Phase I lies: in the run's own folder, or among those that runs share"
     if run.phases is None: return run.folder
-    settings = {k: v for k, v in asdict(run.settings).items() if k not in AFTER_PHASE1}
-    return run.phases/sha256_of(kind.__name__, run.clip.weights_sha256, run.task.data_sha256, json.dumps(settings, sort_keys=True), str(seed), index, labels)[:16]
+    return run.phases/sha256_of(kind.__name__, json.dumps(run.content(AFTER_PHASE1), sort_keys=True), str(seed), index, labels)[:16]
 
 def phase1(
     run:Run, # model, task, settings
@@ -172,7 +173,7 @@ def phase1(
 ): # (PromptedModel, history)
     "Train the light modules of one model on S* (section 2.4)"
     model = kind(run.clip, run.task.class_names, run.settings, seed)
-    history = train(model, run.task.unlabelled, index, {"label": labels}, run.settings.schedule(1), run.clip.image_size, run.task.augmentation, seed, "phase1", run.progress, name, folder=phase1_folder(run, index, labels, seed, kind))
+    history = train(model, run.task.unlabelled, index, {"label": labels}, run.settings.schedule(1), run.clip.image_size, run.task.augmentation, seed, "phase1", run.progress, name, folder=phase1_folder(run, index, labels, seed, kind), content=run.content(AFTER_PHASE1))
     return model, history
 
 # %% ../nbs/07_collaborate.ipynb #c25929ed
@@ -203,13 +204,13 @@ def phase2(
     clip, task, s = run.clip, run.task, run.settings
     model = EncoderWithHead(clip, len(task.class_names), text_head if s.head_init == "text" else None, s.head_input, seed)
     rest = (s.schedule(2), clip.image_size)
-    more = (seed, "phase2", run.progress, name)
+    more, kept = (seed, "phase2", run.progress, name), dict(folder=run.folder, content=run.content())
     if not s.contrastive:
         index = np.flatnonzero(accepted)
-        return model, train(model, task.unlabelled, index, {"label": labels[index]}, *rest, task.augmentation, *more, folder=run.folder)
+        return model, train(model, task.unlabelled, index, {"label": labels[index]}, *rest, task.augmentation, *more, **kept)
     N = len(task.unlabelled)
     module = MomentumContrast(model, queue_length(N, s.phase2_batch_size, s.queue), s.gamma, s.momentum, s.contrast_tau, seed)
-    return model, train(module, task.unlabelled, np.arange(N), {"label": labels, "accepted": accepted}, *rest, contrast_views(task, s), *more, folder=run.folder)
+    return model, train(module, task.unlabelled, np.arange(N), {"label": labels, "accepted": accepted}, *rest, contrast_views(task, s), *more, **kept)
 
 # %% ../nbs/07_collaborate.ipynb #6d8ca655
 PEER_SEED, ROUND_SEED = 1000, 1_000_000 # what model 2, and what each further round, add to the seed
@@ -227,8 +228,13 @@ class CoFT(Method):
         "Labels, verdicts and p_clean for both directions"
         return cross_validate(views, settings.strict_filter, settings.judge)
 
+    def given(self, run): # (indices [n], labels [n])
+        "The few images with a true label; none for a method without labels"
+        return (np.zeros(0, int),) * 2
+
     def _fit(self, run):
-        given = run.task.labelled(run.settings.shots, run.seed) if self.supervised and run.settings.shots else (np.zeros(0, int),) * 2
+        check_head(run.settings.head_init, run.settings.head_input, run.clip)
+        given = self.given(run)
         fitted, models, views = self._rounds(_labeller(run), given)
         directions = [_with_given(d, given) for d in self.validate(views, run.settings)]
         members, messages, histories = [], list(fitted.messages), dict(fitted.trace["histories"])
@@ -244,7 +250,8 @@ class CoFT(Method):
             members.append(_member(model, run.clip))
             messages += collapse_warning(members[-1](run.task.unlabelled).argmax(1), run.task.class_names, f"model {g + 1} of Phase II")
         trace = fitted.trace | {"histories": histories} | {f"{k}_{g + 1}": d[i] for g, d in enumerate(directions) for i, k in enumerate(("labels", "accepted", "p_clean"))}
-        facts = fitted.facts | {f"labels of model {g + 1} that its peer accepted": f"{a.sum()} of {len(a)}" for g, (_, a, _) in enumerate(directions)}
+        judged = np.setdiff1d(np.arange(len(run.task.unlabelled)), given[0])
+        facts = fitted.facts | {f"labels of model {g + 1} that its peer accepted": f"{a[judged].sum()} of {len(judged)}" for g, (_, a, _) in enumerate(directions)}
         return Fitted(self.name, run.task.class_names, members, facts=facts, messages=messages, trace=trace, stages={s: fitted for s in self.stages})
 
     def _rounds(self, run, given):
@@ -252,7 +259,7 @@ class CoFT(Method):
         s, names = run.settings, run.task.class_names
         P, _ = first_labels(run.clip, run.task, s.template_set)
         chosen = [_add_given(self.select, P, s, given)] * 2
-        found, trace, messages, histories = [], {"zero_shot": P, "selected_index": chosen[0][0], "selected_labels": chosen[0][1]}, _short_classes(P, s, names), {}
+        found, trace, messages, histories = [], {"zero_shot": P, "selected_index": chosen[0][0], "selected_labels": chosen[0][1], "given_index": given[0]}, _short_classes(P, chosen[0][1][:len(chosen[0][1]) - len(given[0])], s, names), {}
         for r in range(1, s.rounds + 1):
             models = []
             for g in range(2):
@@ -267,7 +274,7 @@ class CoFT(Method):
             chosen = [_add_given(self.select, v.ranking(s.rank_by), s, given) for v in views]
             trace |= {f"round{r + 1}_selected_{k}_{g + 1}": c[i] for g, c in enumerate(chosen) for i, k in enumerate(("index", "labels"))}
         trace |= {"histories": histories, "found_phases": found} | {f"phase1_probabilities_{g + 1}": v.probabilities for g, v in enumerate(views)}
-        facts = {"unlabelled images": len(P), "images in S*": len(trace["selected_index"]), "images on which both models agree after Phase I": f"{100 * (views[0].labels == views[1].labels).mean():.1f} %"}
+        facts = {"unlabelled images": len(P), "images in S*": len(trace["selected_index"]) - len(given[0])} | ({"images with a given label": len(given[0])} if len(given[0]) else {}) | {"images on which both models agree after Phase I": f"{100 * (views[0].labels == views[1].labels).mean():.1f} %"}
         return Fitted((*self.stages, self.name)[0], names, [_member(m, run.clip) for m in models], facts=facts, messages=messages, trace=trace), models, views
 
 # %% ../nbs/07_collaborate.ipynb #fcf5a120
@@ -278,7 +285,8 @@ class CoFTPhase1(Method):
         "Those of the whole method"
         return self.whole(self.preset, **self.overrides).settings_for(name)
     def _fit(self, run):
-        return self.whole()._rounds(_labeller(run), (np.zeros(0, int),) * 2)[0]
+        whole = self.whole()
+        return whole._rounds(_labeller(run), whole.given(run))[0]
 
 # %% ../nbs/07_collaborate.ipynb #451bacc4
 def _member(model, clip): return lambda images: predict(model.logits, images, clip.image_size)
@@ -288,7 +296,7 @@ def _labeller(run):
     s = run.settings
     if not s.label_model: return run
     clip = load_clip(s.label_model, s.label_pretrained or None, str(run.clip.device))
-    return run if clip.weights_sha256 == run.clip.weights_sha256 else replace(run, clip=clip)
+    return run if clip.model_sha256 == run.clip.model_sha256 else replace(run, clip=clip)
 
 def _add_given(select, P, settings, given):
     "Selected pseudo-labels of the images without a given label, and the given labels"
@@ -302,10 +310,10 @@ def _with_given(direction, given):
     labels[given[0]], accepted[given[0]] = given[1], True
     return labels, accepted, clean
 
-def _short_classes(P, settings, names):
-    found = np.bincount(P.argmax(1), minlength=P.shape[1])
-    what = "completed with the nearest others" if settings.fill_short else "left incomplete"
-    return [f"Class {names[k]!r} was found in only {found[k]} images; its {settings.top_k} starting labels were {what}." for k in np.flatnonzero(found < settings.top_k)]
+def _short_classes(P, selected, settings, names):
+    found, taken = (np.bincount(labels, minlength=P.shape[1]) for labels in (P.argmax(1), selected))
+    what = lambda k: f"its {taken[k]} starting labels were completed with the nearest others" if taken[k] > found[k] else f"it starts with these instead of {settings.top_k}"
+    return [f"Class {names[k]!r} was found in only {found[k]} images; {what(k)}." for k in np.flatnonzero(found < settings.top_k)]
 
 # %% ../nbs/07_collaborate.ipynb #a86b2f6f
 RANKINGS, CONTRAST_VIEWS, LABEL_VIEWS = ("confidence", "p_clean"), ("moco", "task"), ("contrast", "weak")
@@ -372,8 +380,21 @@ class CoFTPlusSemiSettings(CoFTPlusSettings):
 
 class CoFTSemi(CoFT):
     "CoFT with a few labelled images per class (Fig. 2, semi-supervised)"
-    name, Settings, stages, supervised, preset_of = "coft-semi", CoFTSemiSettings, (), True, "coft"
+    name, Settings, stages, supervised, preset_of = "coft-semi", CoFTSemiSettings, ("coft-semi-phase1",), True, "coft"
 
-class CoFTPlusSemi(CoFTPlus):
+    def given(self, run):
+        "As many labelled images per class as `shots` says"
+        return run.task.labelled(run.settings.shots, run.seed) if run.settings.shots else super().given(run)
+
+class CoFTSemiPhase1(CoFTPhase1):
+    "`coft-semi` after Phase I"
+    name, Settings, whole, supervised = "coft-semi-phase1", CoFTSemiSettings, CoFTSemi, True
+
+class CoFTPlusSemi(CoFTSemi):
     "CoFT+ with a few labelled images per class (Fig. 2, semi-supervised)"
-    name, Settings, stages, supervised, preset_of = "coft+-semi", CoFTPlusSemiSettings, (), True, "coft+"
+    name, Settings, stages, preset_of = "coft+-semi", CoFTPlusSemiSettings, ("coft+-semi-phase1",), "coft+"
+
+class CoFTPlusSemiPhase1(CoFTPhase1):
+    "`coft+-semi` after its last round of Phase I"
+    name, Settings, whole, supervised = "coft+-semi-phase1", CoFTPlusSemiSettings, CoFTPlusSemi, True
+

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KEEP_BYTES', 'N_AUGMENT', 'NO_FLIP', 'CHARACTER_TEMPLATE', 'CHARACTER_TEMPLATES', 'CHARACTER_LLM_TEMPLATES', 'STORED',
            'HARD', 'PROFILE_TASKS', 'EMBEDDED_TASKS', 'TASKS', 'ArrayImages', 'clip_geometry', 'resize_and_crop',
-           'Augmentation', 'augment', 'batches', 'Audit', 'Task', 'digits_task', 'glyphs_task', 'glyphs_dev_task',
-           'glyphs_report_task', 'glyphs_toy_task', 'register_task', 'load_task']
+           'squeeze', 'Augmentation', 'augment', 'batches', 'Audit', 'Task', 'digits_task', 'glyphs_task',
+           'glyphs_dev_task', 'glyphs_report_task', 'glyphs_toy_task', 'register_task', 'load_task']
 
 # %% ../nbs/02_data.ipynb #32ec503c
 import json, os
@@ -44,14 +44,16 @@ class ArrayImages:
     def batch(self,
         index, # image indices [n]
         size:int, # height and width in pixels
+        whole:bool=False, # squeeze the whole image into the square, for training views
     )->torch.Tensor: # uint8 [n, 3, size, size]
-        "Pixels of these images, resized as CLIP does"
-        index = torch.as_tensor(index, dtype=torch.long)
+        "Pixels of these images, resized as CLIP does, or whole"
+        index, whole = torch.as_tensor(index, dtype=torch.long), whole and self.pixels.shape[1] != self.pixels.shape[2]
+        fit = squeeze if whole else resize_and_crop
         x = torch.from_numpy(self.pixels)
         x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
-        if x.shape[0] * x.shape[1] * size**2 > KEEP_BYTES: return resize_and_crop(x[index], size).expand(-1, 3, -1, -1)
-        if size not in self._resized: self._resized[size] = resize_and_crop(x, size)
-        return self._resized[size][index].expand(-1, 3, -1, -1)
+        if x.shape[0] * x.shape[1] * size**2 > KEEP_BYTES: return fit(x[index], size).expand(-1, 3, -1, -1)
+        if (size, whole) not in self._resized: self._resized[size, whole] = fit(x, size)
+        return self._resized[size, whole][index].expand(-1, 3, -1, -1)
 
 # %% ../nbs/02_data.ipynb #5de88858
 def clip_geometry(
@@ -70,8 +72,18 @@ def resize_and_crop(
     "Short side to `size` (bicubic, antialiased), then the centre"
     if not len(x): return x.new_zeros(0, x.shape[1], size, size)
     H, W, top, left = clip_geometry(*x.shape[-2:], size)
-    if (H, W) != tuple(x.shape[-2:]): x = torch.cat([F.interpolate(c.float(), size=(H, W), mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8) for c in x.split(1024)])
+    if (H, W) != tuple(x.shape[-2:]): x = _resize(x, H, W)
     return x[..., top:top + size, left:left + size]
+
+def _resize(x, h, w): return torch.cat([F.interpolate(c.float(), size=(h, w), mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8) for c in x.split(1024)])
+
+def squeeze(
+    x:torch.Tensor, # uint8 [n, channels, h, w]
+    size:int, # output height and width
+)->torch.Tensor: # uint8 [n, channels, size, size]
+    "The whole image as a square (bicubic, antialiased)"
+    return resize_and_crop(x, size) if x.shape[-2] == x.shape[-1] or not len(x) else _resize(x, size, size)
+
 
 # %% ../nbs/02_data.ipynb #709f7e62
 @dataclass(frozen=True)
@@ -133,7 +145,7 @@ def batches(
         if augmentation is None: yield place, images.batch(index[place], size)
         else:
             u = uniforms(*stream, "augment", index=index[place], size=augmentation.n_numbers)
-            yield place, augmentation(images.batch(index[place], augmentation.stored_size(size)), u, size)
+            yield place, augmentation(images.batch(index[place], augmentation.stored_size(size), whole=True), u, size)
 
 # %% ../nbs/02_data.ipynb #cbe3561f
 @dataclass(frozen=True)

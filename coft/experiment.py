@@ -18,7 +18,7 @@ from joblib import Parallel, delayed
 
 import coft.datasets, coft.rivals
 from .clip import PROFILE_MODELS, load_clip
-from .core import check_choice, check_flag, expect_error, replace_file
+from .core import check_choice, check_flag, expect_error, replace_file, sha256_of
 from .data import PROFILE_TASKS, TASKS, load_task
 from .filtering import selection_report
 from .protocol import METHODS, PRESET_NAMES, get_method
@@ -134,6 +134,13 @@ class Experiment:
         return f"Model `{r['model']}` / `{r['pretrained']}`, seeds {self.parameters.seeds}, {r['n_train']} unlabelled and {r['n_test']} test images, settings `{r['preset']}`; {r['machine']}; {sum(x['seconds'] for x in self.runs if x['method'] not in _stages(self.runs)):.0f} s of computing; coft {r['versions']['coft']}, torch {r['versions']['torch']}."
 
 # %% ../nbs/12_experiment.ipynb #1b1d626f
+def _models_sha256(clip, settings):
+    "Of the model, and of the one that labels for it"
+    if not settings.get("label_model"): return clip.model_sha256
+    return sha256_of(clip.model_sha256, load_clip(settings["label_model"], settings["label_pretrained"] or None).model_sha256)
+
+def _key(method, settings, clip, task, seed): return record_key(method, settings, task.data_sha256, _models_sha256(clip, settings), seed)
+
 def _stages(runs): return {s for r in runs for s in METHODS[r["method"]].stages}
 
 def _correctness(records): return lambda r: records.arrays(r["key"])["test_right"].mean(0)
@@ -154,19 +161,20 @@ def run_method(
     share:bool=False, # take finished Phases I of other runs from `records.folder/phases`, and leave one's own there
 )->list: # its record, and those of its earlier stages
     "One run: fit, predict the test split, store arrays and record"
-    key = record_key(method.name, asdict(method.settings_for(clip.preset)), task.data_sha256, clip.weights_sha256, seed)
+    settings, truth = asdict(method.settings_for(clip.preset)), task.audit.test
+    if truth is None: raise ValueError(f"task {task.name!r}: nobody has labelled its test images, so no accuracy can be measured. Call fit and predict of the method instead.")
+    key = _key(method.name, settings, clip, task, seed)
     unfinished = records.folder/"unfinished"/key
     resumed = unfinished.exists()
     with measured() as cost:
         fitted = method.fit(clip, task, seed, progress, unfinished, records.folder/"phases"/f"revision-{REVISION}" if share else None)
         results = {f.method: (f, f.predict_all(task.test)) for f in (*fitted.stages.values(), fitted)}
-    truth, added = task.audit.test, []
+    added = []
     resumed |= any(f.trace.get("found_phases") for f in (*fitted.stages.values(), fitted))
     for name, (f, P) in results.items():
-        settings = method.settings_for(clip.preset)
-        record = dict(schema=SCHEMA, key=record_key(name, asdict(settings), task.data_sha256, clip.weights_sha256, seed), method=name, task=task.name, model=clip.name, pretrained=clip.pretrained, seed=seed) | _accuracies(P, truth)
-        record |= dict(n_train=len(task.unlabelled), n_test=len(task.test), **cost, resumed=resumed, preset=method.preset or clip.preset, settings=asdict(settings), messages=f.messages, pseudo_labels=selection_report(f.trace, task.audit.train), quarantine=[list(q) for q in task.quarantine], versions=installed_versions(),
-                       git=git_state(Path(__file__).parent if "__file__" in globals() else "."), machine=machine_name(), device=str(clip.device), weights_sha256=clip.weights_sha256, data_sha256=task.data_sha256, finished=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+        record = dict(schema=SCHEMA, key=_key(name, settings, clip, task, seed), method=name, task=task.name, model=clip.name, pretrained=clip.pretrained, seed=seed) | _accuracies(P, truth)
+        record |= dict(n_train=len(task.unlabelled), n_test=len(task.test), **cost, resumed=resumed, preset=method.preset or clip.preset, settings=settings, messages=f.messages, pseudo_labels=selection_report(f.trace, task.audit.train), quarantine=[list(q) for q in task.quarantine], versions=installed_versions(),
+                       git=git_state(Path(__file__).parent if "__file__" in globals() else "."), machine=machine_name(), device=str(clip.device), weights_sha256=clip.weights_sha256, model_sha256=_models_sha256(clip, settings), data_sha256=task.data_sha256, finished=datetime.now(timezone.utc).isoformat(timespec="seconds"))
         records.add(record, {"test_probabilities": P, "test_right": P.argmax(-1) == truth} | {k: v for k, v in f.trace.items() if isinstance(v, np.ndarray)})
         added.append(record)
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -186,7 +194,7 @@ def find_or_run(
     "The finished run with this content, or a new one"
     method = get_method(name, **overrides)
     settings = asdict(method.settings_for(clip.preset))
-    keys = [record_key(n, settings, task.data_sha256, clip.weights_sha256, seed) for n in (*method.stages, name)]
+    keys = [_key(n, settings, clip, task, seed) for n in (*method.stages, name)]
     found = [records.find(k) for k in keys]
     if all(found): return found, True
     return run_method(method, clip, task, seed, records, progress, share), False

@@ -110,21 +110,25 @@ def label_quality(
 # %% ../nbs/05_filtering.ipynb #5d1165e4
 def selection_report(
     trace:dict, # of a fitted method: `zero_shot`, `selected_*`, `labels_g`, `accepted_g`, as far as it has them
-    truth:np.ndarray, # [N] true labels of the unlabelled images
-)->dict: # name -> percent, or a count
-    "Quality of every set of pseudo-labels of a run, from the hidden labels (methods 3.5)"
+    truth:np.ndarray|None, # [N] true labels of the unlabelled images; None where nobody knows them
+)->dict: # name -> percent, or a count; empty where the truth is not known
+    "Quality of every set of pseudo-labels of a run, from the hidden labels (methods 3.5); images whose label was given do not count"
+    if truth is None: return {}
+    given = trace.get("given_index", np.zeros(0, int))
     share = lambda hits: round(100 * float(np.mean(hits)), 2) if len(hits) else None
     out = {}
     for k in sorted(k for k in trace if k.endswith("selected_index") or "_selected_index_" in k):
-        index, labels = trace[k], trace[k.replace("index", "labels")]
+        pseudo = ~np.isin(trace[k], given)
+        index, labels = trace[k][pseudo], trace[k.replace("index", "labels")][pseudo]
         out |= {k.replace("_index", "_size"): len(index), k.replace("_index", "_precision"): share(labels == truth[index])}
+    judged = np.setdiff1d(np.arange(len(truth)), given)
     for g in ("1", "2"):
         if f"accepted_{g}" not in trace: continue
-        labels, kept, confidence = trace[f"labels_{g}"], trace[f"accepted_{g}"], trace[f"phase1_probabilities_{g}"].max(1)
-        right = labels == truth
+        labels, kept, confidence = (a[judged] for a in (trace[f"labels_{g}"], trace[f"accepted_{g}"], trace[f"phase1_probabilities_{g}"].max(1)))
+        right = labels == truth[judged]
         out |= {f"label_precision_{g}": share(right), f"accepted_share_{g}": share(kept), f"accepted_precision_{g}": share(right[kept]),
                 f"accepted_recall_{g}": share(kept[right]), f"accepted_unconfident_{g}": share(confidence[kept] < 0.5)}
-    if "labels_2" in trace: out["agreement"] = share(trace["labels_1"] == trace["labels_2"])
+    if "labels_2" in trace: out["agreement"] = share((trace["labels_1"] == trace["labels_2"])[judged])
     return out
 
 # %% ../nbs/05_filtering.ipynb #7147c95f

@@ -69,9 +69,11 @@ STRIP = 8 # long side over short side, above which only the part that CLIP sees 
 def clip_view(
     source, # anything that `read_image` reads
     size:int, # height and width in pixels
+    whole:bool=False, # squeeze the whole image into the square, for training views
 )->np.ndarray: # uint8 [size, size, 3]
-    "Short side to `size` (bicubic, antialiased), then the centre"
+    "Short side to `size` (bicubic, antialiased), then the centre; or the whole image as a square"
     image = read_image(source)
+    if whole: return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
     W, H = image.size
     h, w, top, left = clip_geometry(H, W, size)
     if max(H, W) > STRIP * min(H, W):
@@ -183,22 +185,23 @@ class FileImages:
     def batch(self,
         index, # image indices [n]
         size:int, # height and width in pixels
+        whole:bool=False, # squeeze the whole image into the square, for training views
     )->torch.Tensor: # uint8 [n, 3, size, size]
-        "Pixels of these images, resized as CLIP does"
-        index, kept = [int(i) for i in index], self._room(size)
+        "Pixels of these images, resized as CLIP does, or whole"
+        index, kept = [int(i) for i in index], self._room((size, whole))
         new = [i for i in dict.fromkeys(index) if i not in kept]
-        views = dict(zip(new, _pool().map(lambda i_source: self._view(*i_source, size), [(i, _fetch(self.sources, self.rows[i])) for i in new])))
+        views = dict(zip(new, _pool().map(lambda i_source: self._view(*i_source, size, whole), [(i, _fetch(self.sources, self.rows[i])) for i in new])))
         pixels = [kept[i] if i in kept else views[i] for i in index]
         for i, view in views.items():
             if (len(kept) + 1) * view.nbytes <= self.keep_bytes: kept[i] = view
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous() if pixels else torch.zeros(0, 3, size, size, dtype=torch.uint8)
 
-    def _room(self, size):
-        if size not in self._kept and sum(v.nbytes for views in self._kept.values() for v in views.values()) > self.keep_bytes / 2: self._kept.clear()
-        return self._kept.setdefault(size, {})
+    def _room(self, kind):
+        if kind not in self._kept and sum(v.nbytes for views in self._kept.values() for v in views.values()) > self.keep_bytes / 2: self._kept.clear()
+        return self._kept.setdefault(kind, {})
 
-    def _view(self, i, source, size):
-        try: return clip_view(source, size)
+    def _view(self, i, source, size, whole):
+        try: return clip_view(source, size, whole)
         except Exception as e:
             where = source if isinstance(source, (str, os.PathLike)) else f"number {self.rows[i]}"
             raise OSError(f"image {where} can no longer be read ({inspect(source)[1] or e}). Load the task again: it sets such images aside.") from e

@@ -80,7 +80,7 @@ class CoFTXSettings(CoFTSettings):
         super().__post_init__()
         check_choice("complement", self.complement, ("runner_up", "random"))
         check_number("n_runner_up", self.n_runner_up, low=1, integer=True)
-        check_flag("balanced", self.balanced)
+        if check_flag("balanced", self.balanced) and not self.fill_short: raise ValueError("fill_short: False was given, but balanced selection gives every class its quota; use balanced=False.")
         check_number("balance_bound", self.balance_bound, low=1)
 
 class RunnerUpModel(PromptedModel):
@@ -97,7 +97,9 @@ class CoFTX(CoFT):
     def select(self, P, settings):
         "S* with a quota per class"
         if not settings.balanced: return super().select(P, settings)
-        return select_quotas(P, class_quotas(P.mean(0), min(settings.top_k * P.shape[1], len(P)), settings.balance_bound))
+        N, C = P.shape
+        if settings.top_k * C > N: raise ValueError(f"top_k: {settings.top_k} images for each of {C} classes are {settings.top_k * C}, but there are only {N} unlabelled images. Use a top_k of at most {N // C}.")
+        return select_quotas(P, class_quotas(P.mean(0), settings.top_k * C, settings.balance_bound))
 
     def validate(self, views, settings):
         "The peers' verdicts, balanced by the two models' mean prediction"

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .clip import FrozenCLIP
-from .core import check_choice, expect_error
+from .core import check_choice, check_number, expect_error
 from .data import Task
 
 # %% ../nbs/06a_protocol.ipynb #55174c76
@@ -73,6 +73,13 @@ class Run:
     folder:Path|None=None # where phases keep their state; None keeps nothing
     phases:Path|None=None # where finished phases are kept for runs that share them; None shares nothing
 
+    def content(self,
+        ignore=(), # settings that do not matter
+    )->dict: # names to plain values; empty where no state is kept
+        "What a kept state of this run depends on, beside images, labels and schedule of its phase"
+        if self.folder is None and self.phases is None: return {}
+        return {k: v for k, v in asdict(self.settings).items() if k not in ignore} | dict(model=self.clip.model_sha256, data=self.task.data_sha256, device=self.clip.device.type)
+
 class Method:
     "Base of all methods; subclasses set `name`, `Settings` and `_fit`"
     name, supervised, Settings = "", False, None
@@ -88,7 +95,7 @@ class Method:
     ):
         if preset is not None: check_choice("preset", preset, PRESET_NAMES)
         for k in overrides: check_choice(f"setting of {self.name}", k, [f.name for f in fields(self.Settings)])
-        self.preset, self.overrides = preset, overrides
+        self.preset, self.overrides = preset, {k: v.item() if isinstance(v, np.generic) else v for k, v in overrides.items()}
         self.settings_for("paper")
 
     def settings_for(self, name:str): # `Settings`
@@ -104,7 +111,7 @@ class Method:
         phases=None, # where finished Phases I are kept and found again by runs that differ only in what follows
     )->Fitted:
         "Adapt; a label-free method gets the task without its labels"
-        settings = self.settings_for(clip.preset)
+        settings, seed = self.settings_for(clip.preset), int(check_number("seed", seed, low=0, integer=True))
         fitted = self._fit(Run(clip, task if self.supervised else task.blind(), seed, settings, progress, *(Path(f) if f is not None else None for f in (folder, phases))))
         set_aside = [f"{len(task.quarantine)} files could not be read and are not among the images; the first is {task.quarantine[0][0]} ({task.quarantine[0][1]})."] if task.quarantine else []
         for f in (fitted, *fitted.stages.values()): f.settings, f.messages = asdict(settings), set_aside + f.messages

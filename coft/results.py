@@ -25,11 +25,11 @@ def record_key(
     method:str, # registered name
     settings:dict, # all settings
     data_sha256:str, # digest of the task
-    weights_sha256:str, # digest of the model
+    model_sha256:str, # digest of the model
     seed:int, # of the run
 )->str: # 16 hexadecimal digits
     "Name of a run by its content"
-    content = dict(method=method, settings=settings, data=data_sha256, weights=weights_sha256, seed=seed, schema=SCHEMA, revision=REVISION, coft=installed_versions()["coft"])
+    content = dict(method=method, settings=settings, data=data_sha256, model=model_sha256, seed=seed, schema=SCHEMA, revision=REVISION, coft=installed_versions()["coft"])
     return sha256_of(json.dumps(content, sort_keys=True))[:16]
 
 # %% ../nbs/10_results.ipynb #3ae9e224

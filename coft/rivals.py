@@ -18,7 +18,7 @@ from .data import load_task
 from .filtering import select_topk, softmax_probabilities
 from .ours import CoFTX
 from .protocol import METHODS, Fitted, Method, Run, get_method
-from .trainer import HEAD_INITS, HEAD_INPUTS, EncoderWithHead, Schedule, predict, train
+from .trainer import EncoderWithHead, Schedule, check_head, predict, train
 
 # %% ../nbs/09_rivals.ipynb #8fba6947
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ class FineTuneSettings:
     weight_decay:float=5e-4 # of the optimiser
 
     def __post_init__(self):
-        check_choice("head_init", self.head_init, HEAD_INITS)
-        check_choice("head_input", self.head_input, HEAD_INPUTS)
+        check_head(self.head_init, self.head_input)
         self.schedule()
 
     def schedule(self)->Schedule:
@@ -70,7 +69,7 @@ def fine_tune(
     clip, task, s = run.clip, run.task, run.settings
     head = zero_shot_head(clip, task.class_names, task.template) if s.head_init == "text" else None
     model = EncoderWithHead(clip, len(task.class_names), head, s.head_input, run.seed)
-    return model, train(model, task.unlabelled, index, {"label": labels}, s.schedule(), clip.image_size, task.augmentation, run.seed, name, run.progress, folder=run.folder)
+    return model, train(model, task.unlabelled, index, {"label": labels}, s.schedule(), clip.image_size, task.augmentation, run.seed, name, run.progress, folder=run.folder, content=run.content())
 
 # %% ../nbs/09_rivals.ipynb #ce14abcd
 @dataclass(frozen=True)

@@ -188,8 +188,8 @@ def test_visual_tokens_need_a_transformer():
     assert_says(message_of(VisualPrompt, resnet), "vision transformer", "'RN50'", "Conv2d")
 
 
-def test_text_head_behind_the_projection_only(clip, task, quick):
-    message = message_of(CoFT(**quick | dict(head_init="text", head_input="pre_proj")).fit, clip, task, progress=False)
+def test_text_head_behind_the_projection_only(quick):
+    message = message_of(CoFT, **quick | dict(head_init="text", head_input="pre_proj"))
     assert_says(message, "head_input: 'pre_proj'", "head_init='random'")
 
 

@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 from coft.clip import load_clip
 from coft.collaborate import (PEER_SEED, ROUND_SEED, CoFT, CoFTPlus, CoFTPlusSemi, CoFTPlusSettings, CoFTSemi,
-                              PromptedModel, contrast_views, first_labels, templates_of)
+                              PromptedModel, contrast_views, first_labels, phase2, templates_of)
 from coft.contrast import ContrastView, MomentumContrast, Views, follow, info_nce, queue_length
 from coft.core import uniforms
 from coft.data import Augmentation
-from coft.filtering import select_topk
+from coft.filtering import select_topk, selection_report
+from coft.protocol import Run, get_method
 from coft.trainer import EncoderWithHead
 from helpers import QUICK, QUICK_PLUS, remember_models, same_tensors
 
@@ -244,9 +245,11 @@ def test_a_task_without_llm_templates_says_what_to_do(vit, photos):
         CoFTPlus().fit(vit, photos, progress=False)
 
 
-def test_later_phases_do_not_see_the_templates(clip, task):
-    P = [first_labels(clip, task, s)[0] for s in ("coop", "llm")]
-    assert (P[0] != P[1]).any()
+def test_phase_2_does_not_see_the_templates(clip, task, quick_run):
+    labels, accepted = (quick_run.fitted.trace[k] for k in ("labels_1", "accepted_1"))
+    head = torch.eye(4, clip.embed_dim)
+    one, two = (phase2(Run(clip, task, 0, CoFTPlusSettings(**{k: v for k, v in QUICK_PLUS.items() if k != "preset"} | dict(template_set=t)), progress=False), labels, accepted, head, 0, "Phase II")[0] for t in ("coop", "llm"))
+    assert same_tensors(one, two)
 
 
 # A few labels, another labeller
@@ -265,6 +268,33 @@ def test_given_labels_join_the_selection_and_are_accepted(clip, task):
     assert dict(zip(trace["selected_index"], trace["selected_labels"])).items() >= dict(zip(index, labels)).items()
     for g in (1, 2):
         assert trace[f"accepted_{g}"][index].all() and (trace[f"labels_{g}"][index] == labels).all()
+
+
+def test_given_labels_are_never_counted_as_pseudo_labels(clip, task):
+    fitted = CoFTSemi(**QUICK, shots=3).fit(clip, task, seed=5, progress=False)
+    index, _ = task.labelled(3, seed=5)
+    assert fitted.facts["images in S*"] == 16 and fitted.facts["images with a given label"] == 12
+    assert fitted.facts["labels of model 1 that its peer accepted"].endswith("of 60")
+    report = selection_report(fitted.trace, task.audit.train)
+    rest = np.setdiff1d(np.arange(72), index)
+    assert report["selected_size"] == 16
+    assert report["accepted_share_1"] == round(100 * fitted.trace["accepted_1"][rest].mean(), 2)
+    assert report["label_precision_2"] == round(100 * (fitted.trace["labels_2"] == task.audit.train)[rest].mean(), 2)
+    assert list(fitted.stages) == ["coft-semi-phase1"]
+
+
+def test_given_labels_join_every_round(clip, task):
+    fitted = CoFTPlusSemi(**QUICK_PLUS, shots=3).fit(clip, task, seed=5, progress=False)
+    index, labels = task.labelled(3, seed=5)
+    for g in (1, 2):
+        chosen = dict(zip(fitted.trace[f"round2_selected_index_{g}"], fitted.trace[f"round2_selected_labels_{g}"]))
+        assert len(chosen) == 16 + 12 and chosen.items() >= dict(zip(index, labels)).items()
+
+
+def test_phase_1_alone_of_the_semi_supervised_method_sees_the_labels(clip, task):
+    whole = CoFTSemi(**QUICK, shots=3).fit(clip, task, progress=False)
+    stage = get_method("coft-semi-phase1", **QUICK, shots=3).fit(clip, task, progress=False)
+    assert (stage.predict_all(task.test) == whole.stages["coft-semi-phase1"].predict_all(task.test)).all()
 
 
 def test_label_free_methods_never_reach_the_labels(clip, task):

@@ -3,10 +3,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from coft.clip import load_clip
 from coft.collaborate import CoFT, CoFTPlus
 from coft.experiment import find_or_run
 from coft.results import Records
@@ -47,6 +49,7 @@ for i in range(kills):
     os.kill(pid, signal.SIGKILL)
     killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     states.append(len([p for p in (out/"broken").glob("*.pt") if not p.name.startswith(".")]) if (out/"broken").exists() else 0)
+    if len(states) > 3 and len(set(states[-4:])) == 1: whole *= 1.3 # a busy machine got nowhere in four tries
 assert os.waitstatus_to_exitcode(os.waitpid(child("broken"), 0)[1]) == 0
 print(json.dumps(dict(killed=killed, states=states)))
 """
@@ -90,10 +93,32 @@ def test_a_finished_phase_is_not_run_again(clip, task, tmp_path, monkeypatch):
 
 def test_a_state_of_other_settings_is_refused(clip, task, tmp_path):
     CoFT(**QUICK).fit(clip, task, progress=False, folder=tmp_path)
-    with pytest.raises(ValueError, match=r"belongs to another run: lr was 0.001 and is 0.002.*another folder"):
+    with pytest.raises(ValueError, match=r"belongs to another run: phase1_lr was 0.001 and is 0.002.*another folder"):
         CoFT(**QUICK | dict(phase1_lr=2e-3)).fit(clip, task, progress=False, folder=tmp_path)
     with pytest.raises(ValueError, match=r"seed was 0 and is 1"):
         CoFT(**QUICK).fit(clip, task, seed=1, progress=False, folder=tmp_path)
+
+
+@pytest.mark.parametrize("method, name, value", [(CoFT, "l2_weight", 0.0), (CoFT, "l2_grad", "neg_only"), (CoFT, "context_std", 0.5), (CoFT, "head_init", "text"), (CoFTPlus, "gamma", 1.0), (CoFTPlus, "momentum", 0.5), (CoFTPlus, "contrast_tau", 0.5)], ids=lambda v: v if isinstance(v, str) else getattr(v, "name", ""))
+def test_a_state_of_any_other_setting_is_refused(clip, task, tmp_path, method, name, value):
+    quick = (QUICK_PLUS if method is CoFTPlus else QUICK) | dict(phase1_epochs=1)
+    method(**quick).fit(clip, task, progress=False, folder=tmp_path)
+    with pytest.raises(ValueError, match=rf"belongs to another run: {name} was .* and is {value!r}"):
+        method(**quick | {name: value}).fit(clip, task, progress=False, folder=tmp_path)
+
+
+def test_a_state_of_another_model_or_task_is_refused(clip, task, tmp_path):
+    CoFT(**QUICK).fit(clip, task, progress=False, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"model was .* and is"):
+        CoFT(**QUICK).fit(load_clip("embedded-l"), task, progress=False, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"data was .* and is"):
+        CoFT(**QUICK).fit(clip, replace(task, template="a drawing of a {}."), progress=False, folder=tmp_path)
+
+
+def test_numbers_of_numpy_are_plain_ones(clip, task, tmp_path, quick_run):
+    for _ in range(2):
+        fitted = CoFT(**QUICK | dict(phase1_lr=np.float64(1e-3), n_context=np.int64(4))).fit(clip, task, seed=np.int64(0), progress=False, folder=tmp_path / "run", phases=tmp_path / "phases")
+        assert (fitted.predict_all(task.test) == quick_run.fitted.predict_all(task.test)).all()
 
 
 @pytest.mark.parametrize("at", [1, 3])
