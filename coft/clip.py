@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_MODELS', 'EMBEDDED', 'LONG_TEXTS', 'PROFILE_MODELS', 'CompactTokenizer', 'kept_pieces', 'tokenize',
-           'FrozenCLIP', 'load_clip', 'weights_digest', 'build_embedded', 'zero_shot_head', 'PromptEncoder']
+           'FrozenCLIP', 'load_clip', 'check_device', 'weights_digest', 'build_embedded', 'zero_shot_head',
+           'PromptEncoder']
 
 # %% ../nbs/01_clip.ipynb #891a37cc
-import json, logging, re, warnings, zipfile
+import json, logging, os, re, warnings, zipfile
 from collections.abc import Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -153,10 +154,12 @@ def load_clip(
 )->FrozenCLIP:
     "Load a CLIP model with frozen weights; `ValueError` says what is allowed where a name is wrong"
     import open_clip
+    check_device(device)
     if check_choice("model", model, _supported_models(model)) in EMBEDDED_MODELS:
         _check_pixels(False, mean=mean, std=std)
         return _load_embedded(model, pretrained, device)
     if not isinstance(pretrained, (str, Path)): raise ValueError(f"pretrained: {'nothing' if pretrained is None else repr(pretrained)} was given for {model!r}. Allowed: {_allowed_weights(model)}.")
+    pretrained = os.path.expanduser(pretrained)
     _check_pixels(_is_checkpoint(model, pretrained), mean=mean, std=std)
     if pretrained == "random": net = _random_model(model)
     elif _is_checkpoint(model, pretrained): net = _local_model(model, pretrained)
@@ -170,6 +173,16 @@ def _check_pixels(is_checkpoint, **statistics):
     if given and not is_checkpoint: raise ValueError(f"{', '.join(given)}: only a local checkpoint takes pixel statistics of its own; those of other weights are known.")
     for k, v in given.items():
         if not isinstance(v, (tuple, list)) or len(v) != 3 or not all(isinstance(x, (int, float)) for x in v): raise ValueError(f"{k}: {v!r} was given; three numbers are needed, one per channel.")
+        if k == "std" and min(v) <= 0: raise ValueError(f"std: {v!r} was given; numbers above 0 are needed.")
+
+def check_device(
+    device:str, # "cpu", "cuda", "cuda:1", ...
+)->str: # `device`
+    "Raise `ValueError` unless torch knows and finds this device"
+    try: torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as e: raise ValueError(f"device: {device!r} was given, and torch cannot use it here ({str(e).splitlines()[0]}). Use 'cpu'{' or cuda' if torch.cuda.is_available() else ''}.") from e
+    return device
+
 
 # %% ../nbs/01_clip.ipynb #5b9da148
 def _working_tags(model):
@@ -277,7 +290,10 @@ def _misfit(expected, found, most=3):
 # %% ../nbs/01_clip.ipynb #c8aa41f2
 def _check_tag(model, pretrained):
     import open_clip
-    if pretrained in _working_tags(model): return pretrained
+    if pretrained in _working_tags(model):
+        how = open_clip.get_pretrained_cfg(model, pretrained).get("resize_mode") or "shortest"
+        if how != "shortest": raise ValueError(f"pretrained: the weights {pretrained!r} of {model!r} were trained on images that were resized by {how!r}, and only CLIP's own way is supported (short side, then the centre). Use other weights.")
+        return pretrained
     if pretrained in open_clip.list_pretrained_tags_by_model(model):
         raise ValueError(f"model: {model!r} with the tag {pretrained!r} would run another activation than the weights were trained with; use {_twin(model)!r}.")
     raise ValueError(f"pretrained: {str(pretrained)!r} is neither a file nor a tag of {model!r}. Allowed: {_allowed_weights(model)}.")

@@ -257,6 +257,7 @@ class CoFT(Method):
     def _rounds(self, run, given):
         "Phase I, as often as the settings say; each round starts from fresh prompts and learns from the labels of the round before"
         s, names = run.settings, run.task.class_names
+        self.Model(run.clip, names, s, run.seed) # what cannot be built is said before any image is looked at
         P, _ = first_labels(run.clip, run.task, s.template_set)
         chosen = [_add_given(self.select, P, s, given)] * 2
         found, trace, messages, histories = [], {"zero_shot": P, "selected_index": chosen[0][0], "selected_labels": chosen[0][1], "given_index": given[0]}, _short_classes(P, chosen[0][1][:len(chosen[0][1]) - len(given[0])], s, names), {}

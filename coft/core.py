@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['stream_key', 'generator', 'uniforms', 'torch_generator', 'check_choice', 'check_number', 'check_flag', 'expect_error',
-           'check_class_names', 'replace_file', 'sha256_of']
+           'check_class_names', 'replace_file', 'sha256_of', 'read_json']
 
 # %% ../nbs/00_core.ipynb #555ec583
-import hashlib, math, os, tempfile
+import hashlib, json, math, os, tempfile
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -149,3 +149,15 @@ def sha256_of(
         elif isinstance(part, str): part = part.encode()
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
+
+def read_json(
+    path, # of the file
+    kind:type=dict, # what it must hold
+): # `kind`
+    "The content of a JSON file; `ValueError` with its name where it holds something else"
+    path, called = Path(path), {dict: "an object", list: "a list"}
+    try: content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e: raise ValueError(f"{path.name}: this is no JSON ({str(e).splitlines()[0]}). Get the file again; a saved web page is a common cause.") from e
+    if not isinstance(content, kind): raise ValueError(f"{path.name}: {' or '.join(called[k] for k in (kind if isinstance(kind, tuple) else (kind,)))} is needed, {type(content).__name__} was found.")
+    return content
+

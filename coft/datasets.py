@@ -20,7 +20,7 @@ import torch
 import torchvision
 
 import coft
-from .core import expect_error
+from .core import expect_error, read_json
 from .data import TASKS, ArrayImages, Audit, Augmentation, Task, load_task, register_task
 from .images import SUFFIXES, Part, make_task
 
@@ -60,8 +60,9 @@ def read_split(
 )->Listing:
     "CoOp's `split_zhou_*.json`: lists of [path, label, class name]"
     base = _image_folder(info, root)
-    splits = json.loads(_file(info, root).read_text(encoding="utf-8"))
-    name_of = {int(label): name for split in splits.values() for _, label, name in split}
+    splits = read_json(_file(info, root))
+    try: name_of = {int(label): name for s in ("train", "val", "test") for _, label, name in (splits.get(s, ()) if s == "val" else splits[s])}
+    except (KeyError, TypeError, ValueError) as e: raise ValueError(f"{info.split}: this is not CoOp's format, lists of [path, label, class name] under 'train', 'val' and 'test' ({type(e).__name__}: {e}). Get the file again.") from e
     if sorted(name_of) != list(range(len(name_of))): raise ValueError(f"{info.split}: its labels are not the numbers from 0 to {len(name_of) - 1}. Get the file again.")
     train, test = ([(base/path, int(label)) for path, label, _ in splits[s]] for s in ("train", "test"))
     return Listing([name_of[k] for k in range(len(name_of))], train, test, base)
@@ -140,8 +141,10 @@ def read_noisy_labels(
     "The crowd's labels, after a check that they are in CIFAR's order"
     rebuild = np.zeros(1).__reduce__()[0]
     numpy_parts = [np.ndarray, np.dtype, *{type(np.dtype(d)) for d in ("int64", "int32", "uint8")}, *[(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]]
-    with torch.serialization.safe_globals(numpy_parts): stored = torch.load(path, weights_only=True)
-    clean, noisy = (np.asarray(stored[k], dtype=np.int64) for k in ("clean_label", "noisy_label"))
+    try:
+        with torch.serialization.safe_globals(numpy_parts): stored = torch.load(path, weights_only=True)
+        clean, noisy = (np.asarray(stored[k], dtype=np.int64) for k in ("clean_label", "noisy_label"))
+    except Exception as e: raise ValueError(f"{Path(path).name}: this is not CIFAR-N's file with 'clean_label' and 'noisy_label' ({type(e).__name__}). Get it again from {NOISY_LABELS}; a saved web page is a common cause.") from e
     if not np.array_equal(clean, true_labels): raise ValueError(f"{Path(path).name}: its clean labels are not those of the CIFAR-100 found here, in this order. Get both again.")
     return noisy
 
@@ -203,7 +206,7 @@ def llm_templates(
     path=None, # JSON: a list of templates, or {task: list}; the set that ships by default
 )->tuple: # templates; empty if there are none for this task
     "Templates that a language model wrote for the task"
-    stored = json.loads(Path(path or INFO/"llm_templates.json").read_text(encoding="utf-8"))
+    stored = read_json(path or INFO/"llm_templates.json", (dict, list))
     found = stored if isinstance(stored, list) else stored.get(name, ())
     return check_templates(found) if len(found) else ()
 
@@ -227,7 +230,7 @@ def read_descriptions(
 )->dict: # class name -> tuple of sentences, in the order of `class_names`
     "Class-wise descriptions; upper and lower case, `_`, `-` and space read the same"
     plain = lambda name: " ".join(name.replace("_", " ").replace("-", " ").lower().split())
-    stored = {plain(k): v for k, v in json.loads(Path(path).read_text(encoding="utf-8")).items()}
+    stored = {plain(k): v for k, v in read_json(path).items()}
     lacking = [n for n in class_names if not stored.get(plain(n))]
     if lacking: raise ValueError(f"{Path(path).name}: no sentence for {', '.join(map(repr, lacking[:5]))}{f' and {len(lacking) - 5} more' if len(lacking) > 5 else ''}; it describes {', '.join(map(repr, list(stored)[:5]))}, ... Add the classes to the file, or name your classes as it does.")
     return {n: (stored[plain(n)],) if isinstance(stored[plain(n)], str) else tuple(stored[plain(n)]) for n in class_names}

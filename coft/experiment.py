@@ -64,6 +64,8 @@ class Parameters:
             allowed = [f.name for f in fields(METHODS[check_choice("method", name, METHODS)].Settings)]
             for key in overrides: check_choice(f"setting of {name}", key, [*allowed, "preset"])
             get_method(name, **overrides)
+            whole = [m for m in self.methods if name in METHODS[m].stages]
+            if whole: raise ValueError(f"settings: {name!r} is a stage of {whole[0]!r}, which runs too and brings it along. Give the settings to {whole[0]!r}, or leave it out of methods.")
             if name not in self.methods: raise ValueError(f"settings: {name!r} is given settings, but does not run; methods are {', '.join(self.methods)}. Add it to methods, or leave its settings out.")
 
 # %% ../nbs/12_experiment.ipynb #bf260b86
@@ -74,7 +76,7 @@ def _text(parameter, given):
 def _list_hint(parameter, given): return f" {given!r} is a text; papermill takes lists with -y, as in -y '{parameter}: [a, b]'." if isinstance(given, str) and given.lstrip().startswith("[") else ""
 
 def _names(parameter, given, allowed):
-    if given == "all": return list(allowed)
+    if given == "all" and parameter != "tasks": return list(allowed)
     items = given if isinstance(given, (list, tuple)) else [given]
     if not items: raise ValueError(f"{parameter}: an empty list was given; at least one of {', '.join(allowed)} is needed.")
     for i in items:
@@ -195,9 +197,10 @@ def find_or_run(
     method = get_method(name, **overrides)
     settings = asdict(method.settings_for(clip.preset))
     keys = [_key(n, settings, clip, task, seed) for n in (*method.stages, name)]
-    found = [records.find(k) for k in keys]
-    if all(found): return found, True
-    return run_method(method, clip, task, seed, records, progress, share), False
+    with records.locked(keys[-1]):
+        found = [records.find(k) for k in keys]
+        if all(found): return found, True
+        return run_method(method, clip, task, seed, records, progress, share), False
 
 # %% ../nbs/12_experiment.ipynb #c586135e
 def run_experiment(
@@ -238,14 +241,13 @@ def run_variants(
     packed=None, # file of packed runs that are taken as they are
 )->list: # records with the label as `method`, in the order of tasks, variants, seeds
     "Run every variant on every task with every seed"
-    late = {s for m in METHODS.values() for s in m.stages}
-    order = sorted(variants, key=lambda v: variants[v][0] in late)
-    plan = [(t, v, s) for v in order for t in p.tasks for s in p.seeds]
-    runs = []
-    for group in ([x for x in plan if (variants[x[1]][0] in late) == is_late] for is_late in (False, True)):
-        for (t, v, s), r in zip(group, Parallel(workers, return_as="generator")(delayed(_run_variant)(*variants[v], p, t, s, workers > 1, packed) for t, v, s in group)):
-            runs.append(r | dict(method=v, registered=r["method"]))
-            say(f"[{len(runs)}/{len(plan)}] {v} on {t}, seed {s}: {r['accuracy']:.1f} %, {r['seconds']:.0f} s", flush=True)
+    late, runs = {s for m in METHODS.values() for s in m.stages}, []
+    for is_late in (False, True): # a stage is found where its whole method has run
+        alike = _alike({v: variants[v] for v in variants if (variants[v][0] in late) == is_late}, p)
+        plan = [(t, same, s) for same in alike for t in p.tasks for s in p.seeds]
+        for (t, same, s), r in zip(plan, Parallel(workers, return_as="generator")(delayed(_run_variant)(*variants[same[0]], p, t, s, workers > 1, packed) for t, same, s in plan)):
+            runs += [r | dict(method=v, registered=r["method"]) for v in same]
+            say(f"[{len(runs)}/{len(variants) * len(p.tasks) * len(p.seeds)}] {' = '.join(same)} on {t}, seed {s}: {r['accuracy']:.1f} %, {r['seconds']:.0f} s", flush=True)
     place = {v: i for i, v in enumerate(variants)}
     return sorted(runs, key=lambda r: (p.tasks.index(r["task"]), place[r["method"]], r["seed"]))
 
@@ -259,6 +261,13 @@ def variants_table(
     return accuracy_table(runs, _correctness(Records(project_root()/p.out_dir, packed)), baseline)
 
 # %% ../nbs/12_experiment.ipynb #f2e6fe8c
+def _alike(variants, p):
+    "Labels in groups with the same content; each group runs once"
+    name, groups = load_clip(p.model, p.pretrained).preset, {}
+    for v, (method, settings) in variants.items():
+        groups.setdefault(json.dumps([method, asdict(get_method(method, **settings).settings_for(name))], sort_keys=True), []).append(v)
+    return list(groups.values())
+
 def _run_variant(method, settings, p, task, seed, one_thread, packed):
     import torch
     if one_thread: torch.set_num_threads(1)

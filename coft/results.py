@@ -115,6 +115,12 @@ class Records:
         own = next((r for r in self.load() if r["key"] == key and self.arrays_path(key).exists()), None)
         return own or self.packed.get(key, (None,))[0]
 
+    @contextmanager
+    def locked(self, key:str):
+        "Nobody else makes the run `key` in this folder inside this block"
+        (self.folder/"locks").mkdir(exist_ok=True)
+        with FileLock(str(self.folder/"locks"/key)): yield
+
     def arrays_path(self, key:str)->Path: return self.folder/"runs"/f"{key}.npz"
 
     def arrays(self, key:str)->dict: # name -> array

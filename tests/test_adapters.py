@@ -76,7 +76,7 @@ def test_only_the_module_learns(case):
     assert all(p.grad is not None and p.grad.norm() > 0 for p in module.parameters())
     assert not any(p.requires_grad or p.grad is not None for p in clip.model.parameters())
     optimizer.step()
-    assert weights_digest(clip.model) == before == weights_digest(load_clip("embedded").model) or clip.name != "embedded"
+    assert weights_digest(clip.model) == before
     assert module.n_trainable == sum(p.numel() for p in module.parameters()) == sum(v.numel() for v in module.state_dict().values())
 
 

@@ -310,11 +310,31 @@ def test_noisy_labels_in_another_order_are_refused(tmp_path):
     assert "clean labels are not those" in message_of(read_noisy_labels, file, np.array(clean[::-1]))
 
 
+def test_a_web_page_saved_as_a_file_is_named(tmp_path):
+    page = tmp_path / "page.json"
+    page.write_text("<!DOCTYPE html>")
+    (tmp_path / "labels.pt").write_text("<!DOCTYPE html>")
+    assert "labels.pt: this is not CIFAR-N's file" in message_of(read_noisy_labels, tmp_path / "labels.pt", np.zeros(3))
+    for read in (lambda: llm_templates("digits", page), lambda: read_descriptions(page, ["cat", "dog"])):
+        assert "page.json: this is no JSON" in message_of(read)
+    page.write_text("[]")
+    assert "an object is needed, list was found" in message_of(read_descriptions, page, ["cat", "dog"])
+
+
+@pytest.mark.parametrize("content, expected", [("<html>", "this is no JSON"), ("[]", "an object is needed"), ('{"train": []}', "not CoOp's format"), ('{"train": [["a.jpg", 0]], "test": []}', "not CoOp's format")])
+def test_a_split_file_of_another_kind_is_named(tmp_path, content, expected):
+    info = DATASETS["caltech101"]
+    (tmp_path / info.folder / info.images).mkdir(parents=True)
+    (tmp_path / info.folder / info.split).write_text(content)
+    message = message_of(load_task, "caltech101", data_root=tmp_path)
+    assert info.split in message and expected in message
+
+
 def test_the_label_file_cannot_run_code(tmp_path):
     class Harm:
         def __reduce__(self): return os.mkdir, (str(tmp_path / "harm"),)
     torch.save({"clean_label": Harm(), "noisy_label": np.zeros(3)}, tmp_path / "labels.pt")
-    message_of(read_noisy_labels, tmp_path / "labels.pt", np.zeros(3), kind=pickle.UnpicklingError)
+    assert "this is not CIFAR-N's file" in message_of(read_noisy_labels, tmp_path / "labels.pt", np.zeros(3))
     assert not (tmp_path / "harm").exists()
 
 

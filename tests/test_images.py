@@ -1,4 +1,5 @@
 "Image files of every kind, the quarantine list, and tasks made from folders, tables, arrays and data sets."
+import errno
 import io
 import sys
 
@@ -9,7 +10,7 @@ import torch
 from coft import images as module
 from coft.data import ArrayImages, load_task
 from coft.images import (FileImages, Part, clip_view, inspect, inspect_all, make_task, read_image, readable, task_from_arrays,
-                         task_from_dataset, task_from_folder, task_from_table)
+                         task_from_dataset, task_from_folder, task_from_table, to_8_bit)
 from coft.rivals import ZeroShot
 from PIL import Image, ImageCms
 
@@ -199,7 +200,7 @@ def test_kept_pixels_change_nothing_and_stay_within_bounds(tmp_path, keep):
 
 def test_epochs_after_the_first_do_not_decode_again(tmp_path, monkeypatch):
     images, calls = FileImages(ten_files(tmp_path)), []
-    monkeypatch.setattr(module, "clip_view", lambda source, size: calls.append(1) or np.zeros((size, size, 3), np.uint8))
+    monkeypatch.setattr(module, "clip_view", lambda source, size, whole: calls.append(1) or np.zeros((size, size, 3), np.uint8))
     for _ in range(3):
         images.batch(range(10), 16)
     assert len(calls) == 10
@@ -226,12 +227,34 @@ def test_large_sets_are_remembered_on_disk(tmp_path, monkeypatch):
     paths[3].write_bytes(b"")
     first = inspect_all(paths)
     monkeypatch.setattr(module, "_known", {})
-    monkeypatch.setattr(module, "inspect", lambda source: pytest.fail(f"{source} was read again"))
+    monkeypatch.setattr(module, "inspect", lambda source: inspect(source) if source == paths[3] else pytest.fail(f"{source} was read again"))
     assert inspect_all(paths) == first and first[3][1]
     monkeypatch.undo()
     monkeypatch.setenv("COFT_CACHE", str(tmp_path / "cache"))
     Image.fromarray(noise(9, 9)).save(paths[3])
     assert inspect_all(paths)[3][1] == ""
+
+
+def test_what_is_wrong_with_a_file_is_not_remembered(tmp_path, monkeypatch):
+    "Its content, time and size stay as they are when only the permission was missing."
+    paths = ten_files(tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "inspect", lambda source: ("", "cannot be decoded (PermissionError)"))
+        assert all(problem for _, problem in inspect_all(paths))
+    assert not any(problem for _, problem in inspect_all(paths))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()], ids=["files", "memory"])
+def test_a_fault_of_the_machine_is_no_fault_of_the_image(error):
+    with pytest.raises(type(error)):
+        inspect(error)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.int16, np.uint32, np.uint16])
+def test_wide_integers(dtype):
+    values = np.array([[0, 100, 255 if dtype != np.uint16 else 65535]], dtype)
+    assert to_8_bit(values).tolist() == [[0, 100 if dtype != np.uint16 else 0, 255]]
+    assert to_8_bit(np.array([[0, 25700]], np.int32)).tolist() == [[0, 100]]
 
 
 def test_a_cache_folder_that_cannot_be_written_does_no_harm(tmp_path, monkeypatch):
@@ -280,6 +303,11 @@ def test_given_noisy_labels_follow_the_quarantine():
         task.blind().labelled(noisy=True)
 
 
+@pytest.mark.parametrize("noisy, expected", [([1, 0], "2 given labels for 3 training images"), ([1, 0, 0, 1], "4 given labels for 3"), ([1, 0, 9], "label 9 was given")])
+def test_given_noisy_labels_are_checked(noisy, expected):
+    assert expected in message_of(make_task, "toy", ["red", "blue"], Part([plain(RED)] * 3, labels=[0, 0, 1]), noisy=noisy)
+
+
 def test_nothing_readable_is_an_error(tmp_path):
     message = message_of(task_from_folder, broken_folder(tmp_path / "pets", range(20)))
     assert "none of the 20 images" in message and "cat/01.png" in message and "empty" in message
@@ -321,6 +349,30 @@ def test_flat_images_and_a_labelled_test_folder(tmp_path):
     with pytest.raises(PermissionError):
         task.labelled(shots=1)
     assert "class_names" in message_of(task_from_folder, tmp_path / "new")
+
+
+@pytest.mark.parametrize("test", ["no-such", "empty"])
+def test_a_test_folder_without_images_is_named(tmp_path, test):
+    (tmp_path / "empty").mkdir()
+    assert test in message_of(task_from_folder, broken_folder(tmp_path / "pets", ()), test=tmp_path / test, kind=FileNotFoundError)
+
+
+def test_a_stray_image_is_set_aside_or_asked_about(tmp_path):
+    root = broken_folder(tmp_path / "pets", ())
+    plain(RED).save(root / "preview.png")
+    for names in (None, ["cat", "dog"]):
+        assert "preview.png" in message_of(task_from_folder, root, class_names=names)
+    task = task_from_folder(root, labels=True)
+    assert len(task.unlabelled) == 20 and task.quarantine == (("preview.png", "lies in no class sub-folder"),)
+    flat = task_from_folder(root, class_names=["cat", "dog"], labels=False, test=root)
+    assert len(flat.unlabelled) == 21 and len(flat.test) == 20 and len(flat.audit.test) == 20 and flat.quarantine == task.quarantine
+
+
+def test_a_folder_train_beside_other_classes_is_asked_about(tmp_path):
+    root = broken_folder(tmp_path / "vehicles", ())
+    (root / "train").mkdir()
+    plain(RED).save(root / "train/1.png")
+    assert "holds train/ and, beside it, images in cat, dog" in message_of(task_from_folder, root, class_names=["cat", "dog", "train"])
 
 
 @pytest.mark.parametrize("folder", ["missing", "empty"])
@@ -373,7 +425,7 @@ BAD_TABLES = {
     "number": (lambda f: task_from_table(f.assign(label=7), class_names=["cat", "dog"]), "label 7 was given; with 2 class names"),
     "no names": (lambda f: task_from_table(f.assign(label=1)), "class_names: a list is needed"),
     "a gap": (lambda f: task_from_table(f.assign(label=[None, *f.label[1:]])), "table: row 0 has no label"),
-    "suffix": (lambda f: task_from_table("coft/list.xlsx"), "does not exist"),
+    "file": (lambda f: task_from_table("coft/list.csv"), "does not exist"),
 }
 
 
@@ -382,10 +434,32 @@ def test_faults_of_tables_are_named(tmp_path, fault):
     root = broken_folder(tmp_path / "pets", ())
     frame = frame_of(root).assign(image=lambda f: [str(root / p) for p in f.image])
     call, expected = BAD_TABLES[fault]
-    assert expected in message_of(call, frame, kind=FileNotFoundError if fault == "suffix" else ValueError)
+    assert expected in message_of(call, frame, kind=FileNotFoundError if fault == "file" else ValueError)
+
+
+@pytest.mark.parametrize("suffix, content, expected", [("csv", "image,label\ncaf\u00e9.png,dog".encode("latin-1"), "Save it as UTF-8"), ("csv", b"", "cannot be read as csv"), ("parquet", b"no parquet", "cannot be read as parquet"),
+                                                       ("csv", b"image,label\n", "has no rows"), ("xlsx", b"no matter", "format of the table: '.xlsx' is not known")])
+def test_files_that_are_no_tables_are_named(tmp_path, suffix, content, expected):
+    path = tmp_path / f"list.{suffix}"
+    path.write_bytes(content)
+    message = message_of(task_from_table, path)
+    assert expected in message and (suffix == "xlsx" or path.name in message)
 
 
 # ---- arrays and data set objects
+
+def test_a_sorted_frame_keeps_images_and_labels_together():
+    frame = pd.DataFrame({"image": [plain((i, 0, 0)) for i in (3, 1, 2, 0)], "label": ["b", "a", "b", "a"]}, index=[7, 0, 9, 3]).sort_values("label")
+    for images in (frame.image, frame.image.tolist()):
+        task = task_from_arrays(images, ["a", "b"], frame.label)
+        red = task.unlabelled.batch(range(4), 8)[:, 0, 0, 0].tolist()
+        assert [(r in (2, 3)) * 1 for r in red] == task.audit.train.tolist()
+
+
+def test_labels_may_be_tensors():
+    for labels in (torch.tensor([0, 1, 1]), [torch.tensor(0), torch.tensor(1), torch.tensor(1)]):
+        assert task_from_arrays([noise(9, 9)] * 3, ["a", "b"], labels).audit.train.tolist() == [0, 1, 1]
+
 
 def test_arrays_of_one_size_and_of_many():
     digits = load_task("digits")
@@ -425,6 +499,14 @@ def test_pytorch_data_sets_that_cannot_serve_are_refused():
         def __getitem__(self, i): return torch.rand(3, 9, 9), 0
     assert "pixel values from -1.5" in message_of(task_from_dataset, Normalised())
     assert "random transforms" in message_of(task_from_dataset, Random())
+
+
+def test_a_pytorch_data_set_with_names_or_dictionaries():
+    rows = [("a", 0), ("b", 1), ("b", 1)]
+    for items in ([(noise(8, 8, i), name) for i, (name, _) in enumerate(rows)], [{"image": noise(8, 8, i), "label": k} for i, (_, k) in enumerate(rows)]):
+        assert task_from_dataset(items, class_names=["a", "b"]).audit.train.tolist() == [0, 1, 1]
+    assert task_from_dataset([{"image": noise(8, 8)}], class_names=["a", "b"])._labels is None
+    assert "needs 'train'" in message_of(task_from_dataset, {"validation": [noise(8, 8)]}, class_names=["a", "b"])
 
 
 def test_a_pytorch_data_set_without_labels():

@@ -377,3 +377,24 @@ def test_head_with_long_descriptions_warns_once(clip):
 def test_descriptions_that_cannot_be_used(clip, descriptions, match):
     with pytest.raises(ValueError, match=match):
         zero_shot_head(clip, ["digit one", "digit two"], descriptions)
+
+
+@pytest.mark.parametrize("model", ["ViT-H-14-quickgelu", "ViT-H-14-378-quickgelu"])
+def test_weights_of_squashed_images_are_refused(model):
+    with pytest.raises(ValueError, match=r"'dfn5b'.*resized by 'squash'.*Use other weights"):
+        load_clip(model, "dfn5b")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", 3.5])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(ValueError, match=r"device: .* was given, and torch cannot use it here.*'cpu'"):
+        load_clip(device=device)
+
+
+def test_a_home_folder_is_expanded_and_pixel_spread_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    net = load_clip("RN50", "random").model
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    assert load_clip("RN50", "~/w.pt").model_sha256 != load_clip("RN50", "~/w.pt", std=(0.2, 0.2, 0.2)).model_sha256
+    with pytest.raises(ValueError, match=r"std: \(0, 0, 0\) was given; numbers above 0"):
+        load_clip("RN50", "~/w.pt", std=(0, 0, 0))

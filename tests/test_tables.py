@@ -37,6 +37,26 @@ def test_variants_are_compared_with_the_baseline(toy):
     assert [r["finished"] for r in again] == [r["finished"] for r in runs], "a second time every run is found"
 
 
+def test_variants_of_the_same_content_run_once(toy):
+    said = []
+    variants = {"coft": ("coft", QUICK), "K = 4": ("coft", QUICK | dict(top_k=4)), "K = 3": ("coft", QUICK | dict(top_k=3))}
+    runs = run_variants(variants, toy, say=lambda line, **_: said.append(line))
+    assert [r["method"] for r in runs] == ["coft"] * 2 + ["K = 4"] * 2 + ["K = 3"] * 2
+    assert [line.split("]")[1].split(" on ")[0] for line in said] == [" coft = K = 4"] * 2 + [" K = 3"] * 2
+    assert [r["key"] for r in runs[:2]] == [r["key"] for r in runs[2:4]] != [r["key"] for r in runs[4:]]
+
+
+def test_settings_of_a_stage_that_comes_along_are_refused():
+    with pytest.raises(ValueError, match=r"'coft-phase1' is a stage of 'coft', which runs too"):
+        Parameters(methods=["coft", "coft-phase1"], settings={"coft-phase1": {"top_k": 8}})
+
+
+def test_all_tasks_at_once_are_refused():
+    for given in ("all", ["all"]):
+        with pytest.raises(ValueError, match="tasks: 'all' is not known"):
+            Parameters(tasks=given)
+
+
 def test_packed_runs_stand_for_the_runs_themselves(toy, tmp_path):
     variants, packed, silent = {"zero-shot": ("zero-shot", {}), "coft": ("coft", QUICK)}, tmp_path / "page.runs.npz", lambda line, **_: None
     runs = run_variants(variants, toy, say=silent)
