@@ -313,7 +313,7 @@ def _with_given(direction, given):
 
 def _short_classes(P, selected, settings, names):
     found, taken = (np.bincount(labels, minlength=P.shape[1]) for labels in (P.argmax(1), selected))
-    what = lambda k: f"its {taken[k]} starting labels were completed with the nearest others" if taken[k] > found[k] else f"it starts with these instead of {settings.top_k}"
+    what = lambda k: f"its {taken[k]} starting labels were completed with the nearest others" if taken[k] > found[k] else f"its {settings.top_k} starting labels were left incomplete"
     return [f"Class {names[k]!r} was found in only {found[k]} images; {what(k)}." for k in np.flatnonzero(found < settings.top_k)]
 
 # %% ../nbs/07_collaborate.ipynb #a86b2f6f

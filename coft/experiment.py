@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_METHODS', 'TABLES', 'DEVICES', 'Parameters', 'parameters_from', 'project_root', 'Experiment', 'run_method',
-           'find_or_run', 'run_experiment', 'run_variants', 'variants_table', 'run_page', 'packed_runs', 'draw_figures']
+           'find_or_run', 'run_experiment', 'run_variants', 'variants_table', 'comparison', 'cost_alone', 'run_page',
+           'packed_runs', 'draw_figures']
 
 # %% ../nbs/12_experiment.ipynb #715a21f5
 import json, os, shutil, sys
-from dataclasses import asdict, dataclass, field, fields
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,7 @@ from .results import REVISION, SCHEMA, Records, accuracy_table, git_state, insta
 
 # %% ../nbs/12_experiment.ipynb #da118a47
 DEFAULT_METHODS = ["zero-shot", "zero-shot-ensemble", "top-k", "coft", "supervised"]
-TABLES = ["coft-1", "ablations-coft"]
+TABLES = ["coft-1", "ablations-coft", "craft-1", "craft-cost", "ablations-craft"]
 DEVICES = ("auto", "cpu", "cuda")
 
 # %% ../nbs/12_experiment.ipynb #39f17d81
@@ -67,6 +70,15 @@ class Parameters:
             whole = [m for m in self.methods if name in METHODS[m].stages]
             if whole: raise ValueError(f"settings: {name!r} is a stage of {whole[0]!r}, which runs too and brings it along. Give the settings to {whole[0]!r}, or leave it out of methods.")
             if name not in self.methods: raise ValueError(f"settings: {name!r} is given settings, but does not run; methods are {', '.join(self.methods)}. Add it to methods, or leave its settings out.")
+
+    def only(self, task:str)->"Parameters":
+        "The same for one task"
+        return replace(self, tasks=[check_choice("tasks", task, self.tasks)])
+
+    def of_model(self, model:str, pretrained:str|None=None)->"Parameters":
+        "The same for another model"
+        return replace(self, model=model, pretrained=pretrained)
+
 
 # %% ../nbs/12_experiment.ipynb #bf260b86
 def _text(parameter, given):
@@ -260,6 +272,32 @@ def variants_table(
     "Accuracies of variants, and their paired differences from one of them"
     return accuracy_table(runs, _correctness(Records(project_root()/p.out_dir, packed)), baseline)
 
+def comparison(
+    runs:list, # what `run_variants` gave
+    labels, # which variants, in order
+    p:Parameters, # as of `run_variants`
+    baseline:str, # label that differences are counted from
+    title:str="", # above the pictures
+    packed=None, # as in `run_variants`
+): # (table in Markdown, one figure per task)
+    "Some variants side by side: a table with paired intervals, and a picture for each task"
+    from coft.plots import plot_accuracies
+    mine = [r for r in runs if r["method"] in labels]
+    points = lambda t: {v: [r["accuracy"] for r in mine if r["task"] == t and r["method"] == v] for v in labels if v != "zero-shot"}
+    return table_markdown(variants_table(mine, p, baseline, packed), baseline), [plot_accuracies(points(t), f"{title} ({t})", baseline, (baseline,)) for t in p.tasks]
+
+def cost_alone(
+    method:str, # registered name
+    settings:dict, # single settings
+    p:Parameters, # model
+    task:str, # registered name
+    seed:int, # of the run
+    url:str|None=None, # address of a server that holds the model; None loads it into the process
+)->dict: # seconds, memory_mb, bytes_to_deploy, accuracy
+    "What a fit costs on the user's side: in a process of its own, its memory beyond that of the imported packages"
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool: return pool.submit(_cost, method, settings, p, task, seed, url).result()
+
+
 # %% ../nbs/12_experiment.ipynb #f2e6fe8c
 def _alike(variants, p):
     "Labels in groups with the same content; each group runs once"
@@ -273,6 +311,16 @@ def _run_variant(method, settings, p, task, seed, one_thread, packed):
     if one_thread: torch.set_num_threads(1)
     clip = load_clip(p.model, p.pretrained, _device(p.device))
     return find_or_run(method, settings, clip, load_task(task, p.data_root), seed, Records(project_root()/p.out_dir, packed), progress=False, share=True)[0][-1]
+
+def _cost(method, settings, p, task, seed, url):
+    import coft.craft, coft.server, psutil, sklearn.datasets
+    data, before = load_task(task, p.data_root), psutil.Process().memory_info().rss / 2**20
+    with measured() as cost:
+        model = coft.server.RemoteBox(url) if url else load_clip(p.model, p.pretrained, _device(p.device))
+        fitted = get_method(method, **settings).fit(model, data, seed, progress=False)
+    accuracy = 100 * float((fitted.predict(data.test) == data.audit.test).mean())
+    return dict(method=method, task=task, model=model.name, seed=seed, seconds=cost["seconds"], memory_mb=cost["peak_memory_mb"] - before, bytes_to_deploy=fitted.facts["bytes to deploy"], accuracy=accuracy)
+
 
 # %% ../nbs/12_experiment.ipynb #f561a487
 def run_page(

@@ -6,7 +6,7 @@
 __all__ = ['TRACE_KEYS', 'BLUE', 'ORANGE', 'LINES', 'BARS', 'OTHER', 'RunView', 'class_quality', 'plot_class_quality',
            'judged_labels', 'in_bins', 'plot_clean_histogram', 'plot_selection_by_confidence', 'Reliability',
            'reliability', 'plot_reliability', 'confusion_percent', 'plot_confusion', 'image_groups', 'evenly_spaced',
-           'plot_images', 'plot_accuracies', 'accuracy_summary', 'save_figure']
+           'plot_images', 'plot_accuracies', 'accuracy_summary', 'plot_curves', 'save_figure']
 
 # %% ../nbs/11_plots.ipynb #37a619cd
 import textwrap
@@ -382,6 +382,31 @@ def _limits(accuracies, table):
     ends = ends[~np.isnan(ends)] if (~np.isnan(ends)).any() else np.array([0, 100])
     margin = max(0.06 * np.ptp(ends), 0.5)
     return ends.min() - margin, ends.max() + margin
+
+# %% ../nbs/11_plots.ipynb #10e482cd
+def plot_curves(
+    values, # numbers along the horizontal axis [k]
+    curves:dict, # method -> accuracies in percent [seeds, k]
+    label:str, # of the horizontal axis
+    title:str="", # above the picture
+    level:tuple|None=None, # (name, accuracy) of a horizontal line
+): # matplotlib Figure
+    "Mean accuracy of each method over `values`, with its spread over seeds"
+    figure = _figure(6, 3.4)
+    axis, places = figure.subplots(), np.arange(len(values))
+    for i, (name, accuracies) in enumerate(curves.items()):
+        accuracies = np.asarray(accuracies, float)
+        if accuracies.ndim != 2 or accuracies.shape[1] != len(values): raise ValueError(f"curves: {name!r} has accuracies of shape {list(accuracies.shape)}; [seeds, {len(values)}] is needed.")
+        spread = accuracies.std(0, ddof=1) if len(accuracies) > 1 else None
+        axis.errorbar(places + 0.06 * (i - (len(curves) - 1) / 2), accuracies.mean(0), spread, marker="osD^v"[i % 5], linestyle=("-", "--", ":", "-.")[i % 4], markersize=5, capsize=3, color=sns.color_palette("colorblind")[i % 10], label=name)
+    if level is not None: axis.axhline(level[1], color="black", linestyle="--", linewidth=1, label=level[0])
+    axis.set_xticks(places, [f"{v:g}" for v in values])
+    axis.set(xlabel=label, ylabel="test accuracy (%)")
+    axis.set_title(title, fontsize=11, loc="left")
+    axis.grid(axis="y", alpha=0.4)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    sns.despine(figure)
+    return figure
 
 # %% ../nbs/11_plots.ipynb #545fa8ec
 def save_figure(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'REVISION', 'PUBLISHED', 'record_key', 'installed_versions', 'git_state', 'machine_name', 'measured',
-           'Records', 'paired_interval', 'accuracy_table', 'table_markdown', 'published_table', 'published_names']
+           'Records', 'paired_interval', 'accuracy_table', 'table_markdown', 'shots_markdown', 'published_table',
+           'published_names']
 
 # %% ../nbs/10_results.ipynb #04847f73
 import importlib.metadata, json, os, platform, subprocess, tempfile, threading, time, zipfile
@@ -215,6 +216,21 @@ def table_markdown(
         interval = "" if pd.isna(r.low) else f"{r.low:+.1f} to {r.high:+.1f}"
         lines.append(f"| {r.task} | {r.method} | {r.accuracy:.1f}{spread} | {number(r.ensemble)} | {number(r.gain, '+')} | {interval} | {r.seeds} | {'' if pd.isna(r.seconds) else f'{r.seconds:.0f}'} |")
     return "\n".join(lines) + "\n"
+
+def shots_markdown(
+    runs:list, # records whose `method` is "NAME, SHOTS", and those of methods without labels
+    shots, # numbers of labelled images per class [k]
+)->str:
+    "Mean and standard deviation over seeds, a row per task and method, a column per number of shots"
+    found = {}
+    for r in runs: found.setdefault((r["task"], r["method"]), []).append(r["accuracy"])
+    cell = lambda a: "" if not a else f"{np.mean(a):.1f}" + (f" ± {np.std(a, ddof=1):.1f}" if len(a) > 1 else "")
+    lines = ["| task | method | " + " | ".join(f"{k} shot{'s' * (k > 1)}" for k in shots) + " | seeds |", "|---" * (len(shots) + 3) + "|"]
+    for task, name in dict.fromkeys((t, m.split(", ")[0]) for t, m in found):
+        cells = [found.get((task, f"{name}, {k}"), found.get((task, name), [])) for k in shots]
+        lines.append(f"| {task} | {name} | " + " | ".join(map(cell, cells)) + f" | {max(map(len, cells))} |")
+    return "\n".join(lines) + "\n"
+
 
 # %% ../nbs/10_results.ipynb #eb8cc83d
 PUBLISHED = Path(__file__).parent/"published" if "__file__" in globals() else Path("../coft/published")

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'MAX_BODY', 'WireArray', 'TextQuestion', 'LogitsQuestion', 'pack_array', 'unpack_array', 'Ledger',
-           'question_key', 'make_app', 'RemoteBox']
+           'question_key', 'make_app', 'RemoteBox', 'free_port', 'running_server']
 
 # %% ../nbs/08a_server.ipynb #10dd6a19
-import base64, hmac, json, os, threading, time
+import base64, hmac, json, os, socket, subprocess, sys, tempfile, threading, time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -283,3 +284,40 @@ class _Busy(Exception): pass
 def _detail(response):
     try: return response.json()["detail"]
     except (ValueError, KeyError, TypeError): return response.text[:200]
+
+# %% ../nbs/08a_server.ipynb #2ea11b83
+def free_port()->int:
+    "A port of this machine that nobody listens on"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+@contextmanager
+def running_server(
+    *options, # of `coft serve`, e.g. "--model", "embedded"
+    port:int|None=None, # a free one by default
+    token:str|None=None, # what clients must show
+    patience:float=120.0, # seconds that it may take to start
+): # yields (url, process)
+    "`coft serve` as a process of its own, until the block ends"
+    port = port or free_port()
+    environment = {k: v for k, v in os.environ.items() if k != "COFT_TOKEN"} | ({"COFT_TOKEN": token} if token else {})
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen([sys.executable, "-c", "from coft.cli import app; app()", "serve", "--port", str(port), *map(str, options)], env=environment, stdout=said, stderr=subprocess.STDOUT)
+        try:
+            url, end = f"http://127.0.0.1:{port}", time.monotonic() + patience
+            while process.poll() is None and time.monotonic() < end:
+                try:
+                    RemoteBox(url, token=token, patience=0.5).info()
+                    break
+                except ConnectionError: pass
+            else:
+                said.seek(0)
+                raise RuntimeError(f"coft serve did not start within {patience:g} s; it said: {said.read()[-500:].strip() or 'nothing'}")
+            yield url, process
+        finally:
+            process.terminate()
+            try: process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

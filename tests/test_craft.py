@@ -299,6 +299,11 @@ def test_the_box_shows_no_part_of_the_model(clip, box, task):
     assert "convenience" in BlackBoxVLM.__doc__ and "wall" in BlackBoxVLM.__doc__
 
 
+def test_the_rounding_of_resampled_views_is_no_fault(box, task):
+    pixels = np.full((1, 3, 24, 24), 1 + 1e-6, np.float32)
+    assert box.logits(box.embed_text("a photo of a"), task.class_names, pixels).shape == (1, 1, 4)
+
+
 def test_what_is_kept_changes_no_answer(box, task):
     context, pixels = box.embed_text("a photo of a"), task.unlabelled.batch(range(7), 24).numpy()
     kept = Pictures(pixels)

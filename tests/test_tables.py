@@ -6,12 +6,12 @@ import pandas as pd
 import papermill
 import pytest
 from coft.data import TASKS
-from coft.experiment import Parameters, run_variants, variants_table
+from coft.experiment import TABLES, Parameters, run_variants, variants_table
 from coft.protocol import METHODS, get_method
 from coft.results import Records, table_markdown
 from helpers import QUICK, ROOT
 
-PAGES = sorted((ROOT / "nbs/tables").glob("*.ipynb"))
+PAGES = sorted(p.stem for p in (ROOT / "nbs/tables").glob("*.ipynb"))
 
 
 @pytest.fixture
@@ -96,9 +96,9 @@ def test_a_setting_for_a_method_that_does_not_run_is_named():
         Parameters(methods="zero-shot", settings={"coft": {"top_k": 8}})
 
 
-@pytest.mark.parametrize("path", PAGES, ids=[p.stem for p in PAGES])
-def test_every_page_names_what_exists(path):
-    "The variants of a page are registered methods with settings that they know."
+def test_the_page_of_ablations_names_what_exists():
+    "Its variants are registered methods with settings that they know."
+    path = ROOT / "nbs/tables/ablations-coft.ipynb"
     code = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code" and c.source.startswith("questions = "))
     space = {}
     exec(code, space)
@@ -106,6 +106,42 @@ def test_every_page_names_what_exists(path):
         for method, settings in question.values():
             get_method(method, **settings)
             assert method in METHODS
+
+
+def test_every_page_has_a_name_and_every_name_a_page():
+    assert sorted(TABLES) == sorted([*PAGES, "coft-1"]), "coft-1 is the main job's own"
+
+
+def test_the_few_shot_page_runs(tmp_path):
+    "On four characters with a fiftieth of the queries."
+    ask = dict(tasks="glyphs-toy", seeds=[0, 1], shots=[1, 2], share=0.02, out_dir=str(tmp_path / "out"), device="cpu")
+    page = papermill.execute_notebook(ROOT / "nbs/tables/craft-1.ipynb", tmp_path / "page.ipynb", ask, kernel_name="python3", progress_bar=False)
+    shown = [str(o["data"].get("text/markdown", "")) for c in page.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
+    table = next(t for t in shown if "| 1 shot | 2 shots |" in t)
+    assert all(f"| glyphs-toy | {m} |" in table for m in ("zero-shot", "coop", "bbt", "craft")) and table.count("±") == 8
+    assert any("difference from craft, 2" in t for t in shown)
+    queries = {(r["method"], r["settings"]["shots"]): r["settings"].get("budget") or r["settings"]["epochs"] for r in Records(tmp_path / "out").load() if r["method"] != "zero-shot"}
+    assert queries == {("coop", 1): 1, ("coop", 2): 2, ("bbt", 1): 40, ("bbt", 2): 80, ("craft", 1): 40, ("craft", 2): 80}
+
+
+def test_the_page_of_craft_ablations_runs(tmp_path):
+    "All questions on four characters, two generations each; what a variant changes is in its record."
+    ask = dict(tasks="glyphs-toy", budget=80, out_dir=str(tmp_path / "out"), device="cpu")
+    page = papermill.execute_notebook(ROOT / "nbs/tables/ablations-craft.ipynb", tmp_path / "page.ipynb", ask, kernel_name="python3", progress_bar=False)
+    outputs = [o for c in page.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
+    tables = [o["data"]["text/markdown"] for o in outputs if "text/markdown" in o["data"]]
+    assert len(tables) == 6 and sum("image/png" in o["data"] for o in outputs) == 6, "a table and one picture for each question"
+    assert all("difference from craft" in t and "| glyphs-toy | craft |" in t for t in tables)
+    settings = {r["settings"]["intrinsic_dim"] for r in Records(tmp_path / "out").load() if r["method"] == "craft"}
+    assert settings == {64, 128, 256, 512, 1024}
+
+
+def test_the_page_of_costs_runs(tmp_path):
+    "Few steps on four characters: the black-box method keeps less and the model is not in its memory."
+    ask = dict(tasks="glyphs-toy", models="embedded", shots=2, budget=80, epochs=2, out_dir=str(tmp_path))
+    page = papermill.execute_notebook(ROOT / "nbs/tables/craft-cost.ipynb", tmp_path / "page.ipynb", ask, kernel_name="python3", progress_bar=False)
+    said, = (o["data"]["text/markdown"] for c in page.cells if c.cell_type == "code" for o in c.outputs if "text/markdown" in o.get("data", {}))
+    assert "`embedded` on glyphs-toy: CraFT keeps 1/" in said and "2 shots, 80 queries" in said
 
 
 def test_an_unknown_question_is_named(tmp_path):
