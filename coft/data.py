@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['KEEP_BYTES', 'N_AUGMENT', 'NO_FLIP', 'CHARACTER_TEMPLATE', 'CHARACTER_TEMPLATES', 'CHARACTER_LLM_TEMPLATES', 'STORED',
-           'HARD', 'PROFILE_TASKS', 'EMBEDDED_TASKS', 'TASKS', 'ArrayImages', 'clip_geometry', 'resize_and_crop',
-           'squeeze', 'Augmentation', 'augment', 'batches', 'Audit', 'Task', 'digits_task', 'glyphs_task',
-           'glyphs_dev_task', 'glyphs_report_task', 'glyphs_toy_task', 'register_task', 'load_task']
+           'HARD', 'SHIFTS', 'PROFILE_TASKS', 'EMBEDDED_TASKS', 'TASKS', 'ArrayImages', 'clip_geometry',
+           'resize_and_crop', 'squeeze', 'Augmentation', 'augment', 'batches', 'Audit', 'Task', 'digits_task',
+           'glyphs_task', 'glyphs_dev_task', 'glyphs_report_task', 'glyphs_toy_task', 'shift_images',
+           'shifted_digits_task', 'register_task', 'load_task']
 
 # %% ../nbs/02_data.ipynb #32ec503c
 import json, os
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from inspect import signature
 from pathlib import Path
 
@@ -266,10 +267,43 @@ def glyphs_toy_task()->Task:
     "Four digits in STIX fonts, 320 images: for examples and a quick look; nothing is reported on it"
     return glyphs_task("glyphs-toy", Writing("stix", "0123", 320, distortion=HARD), n_test=200, seed=3)
 
+# %% ../nbs/02_data.ipynb #327795a9
+SHIFTS = ("noise", "cover", "faint", "turn")
+
+def shift_images(
+    pixels:np.ndarray, # uint8 [n, h, w]
+    how:str, # one of `SHIFTS`
+    strength:float=1.0, # 0 leaves the images as they are
+)->np.ndarray: # uint8 [n, h, w]
+    "The same images after one change, the same at every call"
+    check_choice("how", how, SHIFTS)
+    rng, (n, h, w) = generator(0, "shift", how), pixels.shape
+    x = pixels.astype(np.float32)
+    if how == "noise": x += strength * 60 * rng.standard_normal(x.shape)
+    elif how == "faint": x = 128 + (x - 128) * (1 - 0.7 * strength)
+    elif how == "cover":
+        side = round(strength * h / 3)
+        top, left = rng.integers(h - side + 1, size=n), rng.integers(w - side + 1, size=n)
+        for image, t, l in zip(x, top, left): image[t:t + side, l:l + side] = 128
+    else:
+        angle = torch.from_numpy(np.deg2rad(strength * 40 * (2 * rng.random(n) - 1)).astype(np.float32))
+        c, s, zero = angle.cos(), angle.sin(), torch.zeros(n)
+        field = F.affine_grid(torch.stack([torch.stack([c, -s, zero], -1), torch.stack([s, c, zero], -1)], 1), (n, 1, h, w), align_corners=False)
+        x = F.grid_sample(torch.from_numpy(x)[:, None], field, padding_mode="border", align_corners=False)[:, 0].numpy()
+    return x.round().clip(0, 255).astype(np.uint8)
+
+@lru_cache
+def shifted_digits_task(
+    how:str, # one of `SHIFTS`
+)->Task:
+    "Clean training digits, changed test digits; only reports"
+    clean = digits_task()
+    return replace(clean, name=f"digits-{how}", test=ArrayImages(shift_images(clean.test.batch(range(len(clean.test)), 24)[:, 0].numpy(), how)))
+
 # %% ../nbs/02_data.ipynb #25276b36
 PROFILE_TASKS = {"embedded": ["digits"], "paper": ["digits"]} # profile -> tasks of the main job
 EMBEDDED_TASKS = {"digits": digits_task, "glyphs-dev": glyphs_dev_task, "glyphs": glyphs_report_task, "glyphs-toy": glyphs_toy_task}
-TASKS = dict(EMBEDDED_TASKS) # name -> loader; `coft.datasets` adds those that need a download
+TASKS = EMBEDDED_TASKS | {f"digits-{how}": partial(shifted_digits_task, how) for how in SHIFTS} # name -> loader; `coft.datasets` adds those that need a download
 
 def register_task(
     name:str, # how users will call it

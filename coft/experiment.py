@@ -29,7 +29,7 @@ from .results import REVISION, SCHEMA, Records, accuracy_table, git_state, insta
 
 # %% ../nbs/12_experiment.ipynb #da118a47
 DEFAULT_METHODS = ["zero-shot", "zero-shot-ensemble", "top-k", "coft", "supervised"]
-TABLES = ["coft-1", "ablations-coft", "craft-1", "craft-cost", "ablations-craft"]
+TABLES = ["coft-1", "ablations-coft", "craft-1", "craft-shift", "craft-cost", "ablations-craft"]
 DEVICES = ("auto", "cpu", "cuda")
 
 # %% ../nbs/12_experiment.ipynb #39f17d81
@@ -153,7 +153,17 @@ def _models_sha256(clip, settings):
     if not settings.get("label_model"): return clip.model_sha256
     return sha256_of(clip.model_sha256, load_clip(settings["label_model"], settings["label_pretrained"] or None).model_sha256)
 
-def _key(method, settings, clip, task, seed): return record_key(method, settings, task.data_sha256, _models_sha256(clip, settings), seed)
+def _key(method, settings, clip, task, seed, scored=None):
+    data = task.data_sha256 if scored is None or scored is task else sha256_of(task.data_sha256, scored.data_sha256)
+    return record_key(method, settings, data, _models_sha256(clip, settings), seed)
+
+def _for_classes(P, task, scored):
+    "Probabilities of the classes of another task, which are some of this one's"
+    if scored.class_names == task.class_names: return P
+    absent = [n for n in scored.class_names if n not in task.class_names]
+    if absent: raise ValueError(f"elsewhere: {scored.name!r} has {len(absent)} class(es) that {task.name!r} has not, the first being {absent[0]!r}.")
+    P = P[..., [task.class_names.index(n) for n in scored.class_names]]
+    return P / P.sum(-1, keepdims=True).clip(1e-30)
 
 def _stages(runs): return {s for r in runs for s in METHODS[r["method"]].stages}
 
@@ -173,23 +183,26 @@ def run_method(
     records:Records, # where to store it
     progress:bool=True, # whether to show bars
     share:bool=False, # take finished Phases I of other runs from `records.folder/phases`, and leave one's own there
-)->list: # its record, and those of its earlier stages
+    elsewhere=(), # further tasks on whose test images the fitted method is scored; their classes are among this task's
+)->list: # its record, those of its earlier stages before it, those of other test images behind it
     "One run: fit, predict the test split, store arrays and record"
-    settings, truth = asdict(method.settings_for(clip.preset)), task.audit.test
-    if truth is None: raise ValueError(f"task {task.name!r}: nobody has labelled its test images, so no accuracy can be measured. Call fit and predict of the method instead.")
+    settings = asdict(method.settings_for(clip.preset))
+    for t in (task, *elsewhere):
+        if t.audit.test is None: raise ValueError(f"task {t.name!r}: nobody has labelled its test images, so no accuracy can be measured. Call fit and predict of the method instead.")
     key = _key(method.name, settings, clip, task, seed)
     unfinished = records.folder/"unfinished"/key
     resumed = unfinished.exists()
     with measured() as cost:
         fitted = method.fit(clip, task, seed, progress, unfinished, records.folder/"phases"/f"revision-{REVISION}" if share else None)
-        results = {f.method: (f, f.predict_all(task.test)) for f in (*fitted.stages.values(), fitted)}
+        stages = {f.method: (f, task, f.predict_all(task.test)) for f in (*fitted.stages.values(), fitted)}
     added = []
     resumed |= any(f.trace.get("found_phases") for f in (*fitted.stages.values(), fitted))
-    for name, (f, P) in results.items():
-        record = dict(schema=SCHEMA, key=_key(name, settings, clip, task, seed), method=name, task=task.name, model=clip.name, pretrained=clip.pretrained, seed=seed) | _accuracies(P, truth)
-        record |= dict(n_train=len(task.unlabelled), n_test=len(task.test), **cost, resumed=resumed, preset=method.preset or clip.preset, settings=settings, messages=f.messages, pseudo_labels=selection_report(f.trace, task.audit.train), quarantine=[list(q) for q in task.quarantine], versions=installed_versions(),
-                       git=git_state(Path(__file__).parent if "__file__" in globals() else "."), machine=machine_name(), device=str(clip.device), weights_sha256=clip.weights_sha256, model_sha256=_models_sha256(clip, settings), data_sha256=task.data_sha256, finished=datetime.now(timezone.utc).isoformat(timespec="seconds"))
-        records.add(record, {"test_probabilities": P, "test_right": P.argmax(-1) == truth} | {k: v for k, v in f.trace.items() if isinstance(v, np.ndarray)})
+    for f, t, P in (*stages.values(), *((fitted, t, _for_classes(fitted.predict_all(t.test), task, t)) for t in elsewhere)):
+        truth = t.audit.test
+        record = dict(schema=SCHEMA, key=_key(f.method, settings, clip, task, seed, t), method=f.method, task=t.name, model=clip.name, pretrained=clip.pretrained, seed=seed) | _accuracies(P, truth)
+        record |= dict(n_train=len(task.unlabelled), n_test=len(t.test), **cost, resumed=resumed, preset=method.preset or clip.preset, settings=settings, messages=f.messages, pseudo_labels=selection_report(f.trace, task.audit.train), quarantine=[list(q) for q in task.quarantine], versions=installed_versions(),
+                       git=git_state(Path(__file__).parent if "__file__" in globals() else "."), machine=machine_name(), device=str(clip.device), weights_sha256=clip.weights_sha256, model_sha256=_models_sha256(clip, settings), data_sha256=t.data_sha256, trained_on=task.name, finished=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+        records.add(record, {"test_probabilities": P, "test_right": P.argmax(-1) == truth} | ({k: v for k, v in f.trace.items() if isinstance(v, np.ndarray)} if t is task else {}))
         added.append(record)
     shutil.rmtree(unfinished, ignore_errors=True)
     return added
@@ -204,15 +217,16 @@ def find_or_run(
     records:Records, # finished runs
     progress:bool=True, # whether to show bars
     share:bool=False, # take finished Phases I of other runs from `records.folder/phases`, and leave one's own there
+    elsewhere=(), # as in `run_method`
 ): # (records, whether they were found)
     "The finished run with this content, or a new one"
     method = get_method(name, **overrides)
     settings = asdict(method.settings_for(clip.preset))
-    keys = [_key(n, settings, clip, task, seed) for n in (*method.stages, name)]
-    with records.locked(keys[-1]):
+    keys = [_key(n, settings, clip, task, seed) for n in (*method.stages, name)] + [_key(name, settings, clip, task, seed, t) for t in elsewhere]
+    with records.locked(keys[len(method.stages)]):
         found = [records.find(k) for k in keys]
         if all(found): return found, True
-        return run_method(method, clip, task, seed, records, progress, share), False
+        return run_method(method, clip, task, seed, records, progress, share, elsewhere), False
 
 # %% ../nbs/12_experiment.ipynb #c586135e
 def run_experiment(
@@ -251,17 +265,20 @@ def run_variants(
     workers:int=1, # processes; more than one take one thread each
     say=print, # where a line per run goes
     packed=None, # file of packed runs that are taken as they are
+    elsewhere=(), # names of tasks on whose test images the fitted methods are scored as well
 )->list: # records with the label as `method`, in the order of tasks, variants, seeds
     "Run every variant on every task with every seed"
     late, runs = {s for m in METHODS.values() for s in m.stages}, []
+    done = 0
     for is_late in (False, True): # a stage is found where its whole method has run
         alike = _alike({v: variants[v] for v in variants if (variants[v][0] in late) == is_late}, p)
         plan = [(t, same, s) for same in alike for t in p.tasks for s in p.seeds]
-        for (t, same, s), r in zip(plan, Parallel(workers, return_as="generator")(delayed(_run_variant)(*variants[same[0]], p, t, s, workers > 1, packed) for t, same, s in plan)):
-            runs += [r | dict(method=v, registered=r["method"]) for v in same]
-            say(f"[{len(runs)}/{len(variants) * len(p.tasks) * len(p.seeds)}] {' = '.join(same)} on {t}, seed {s}: {r['accuracy']:.1f} %, {r['seconds']:.0f} s", flush=True)
+        for (t, same, s), r in zip(plan, Parallel(workers, return_as="generator")(delayed(_run_variant)(*variants[same[0]], p, t, s, workers > 1, packed, elsewhere) for t, same, s in plan)):
+            runs += [one | dict(method=v, registered=one["method"]) for v in same for one in r]
+            done += len(same)
+            say(f"[{done}/{len(variants) * len(p.tasks) * len(p.seeds)}] {' = '.join(same)} on {t}, seed {s}: {r[0]['accuracy']:.1f} %, {r[0]['seconds']:.0f} s", flush=True)
     place = {v: i for i, v in enumerate(variants)}
-    return sorted(runs, key=lambda r: (p.tasks.index(r["task"]), place[r["method"]], r["seed"]))
+    return sorted(runs, key=lambda r: ([*p.tasks, *elsewhere].index(r["task"]), place[r["method"]], r["seed"]))
 
 def variants_table(
     runs:list, # some of what `run_variants` gave
@@ -306,11 +323,11 @@ def _alike(variants, p):
         groups.setdefault(json.dumps([method, asdict(get_method(method, **settings).settings_for(name))], sort_keys=True), []).append(v)
     return list(groups.values())
 
-def _run_variant(method, settings, p, task, seed, one_thread, packed):
+def _run_variant(method, settings, p, task, seed, one_thread, packed, elsewhere):
     import torch
     if one_thread: torch.set_num_threads(1)
     clip = load_clip(p.model, p.pretrained, _device(p.device))
-    return find_or_run(method, settings, clip, load_task(task, p.data_root), seed, Records(project_root()/p.out_dir, packed), progress=False, share=True)[0][-1]
+    return find_or_run(method, settings, clip, load_task(task, p.data_root), seed, Records(project_root()/p.out_dir, packed), progress=False, share=True, elsewhere=[load_task(t, p.data_root) for t in elsewhere])[0][len(METHODS[method].stages):]
 
 def _cost(method, settings, p, task, seed, url):
     import coft.craft, coft.server, psutil, sklearn.datasets

@@ -5,8 +5,8 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
-from coft.data import TASKS
-from coft.experiment import TABLES, Parameters, run_variants, variants_table
+from coft.data import TASKS, ArrayImages, Audit
+from coft.experiment import TABLES, Parameters, find_or_run, run_variants, variants_table
 from coft.protocol import METHODS, get_method
 from coft.results import Records, table_markdown
 from helpers import QUICK, ROOT
@@ -142,6 +142,31 @@ def test_the_page_of_costs_runs(tmp_path):
     page = papermill.execute_notebook(ROOT / "nbs/tables/craft-cost.ipynb", tmp_path / "page.ipynb", ask, kernel_name="python3", progress_bar=False)
     said, = (o["data"]["text/markdown"] for c in page.cells if c.cell_type == "code" for o in c.outputs if "text/markdown" in o.get("data", {}))
     assert "`embedded` on glyphs-toy: CraFT keeps 1/" in said and "2 shots, 80 queries" in said
+
+
+def test_the_page_of_shifts_runs(tmp_path):
+    "One source, one target, few steps; the methods are fitted once and scored twice."
+    ask = dict(targets=["digits-noise"], models=["embedded"], shots=1, budget=40, epochs=1, out_dir=str(tmp_path / "out"), device="cpu")
+    page = papermill.execute_notebook(ROOT / "nbs/tables/craft-shift.ipynb", tmp_path / "page.ipynb", ask, kernel_name="python3", progress_bar=False)
+    shown = "".join(str(o.get("data", {}).get("text/plain", "")) + str(o.get("data", {}).get("text/markdown", "")) for c in page.cells if c.cell_type == "code" for o in c.outputs)
+    assert "6 results of 3 fits" in shown and "average of targets" in shown and "difference from craft" in shown
+    records = Records(tmp_path / "out").load()
+    assert {(r["method"], r["task"], r["trained_on"]) for r in records} == {(m, t, "digits") for m in ("zero-shot", "coop", "craft") for t in ("digits", "digits-noise")}
+
+
+def test_scores_elsewhere_are_those_of_a_run_of_its_own(clip, task, tmp_path):
+    other = replace(task, name="other", test=ArrayImages(255 - task.test.pixels))
+    records = Records(tmp_path)
+    own, there = find_or_run("zero-shot", {}, clip, task, 0, records, progress=False, elsewhere=[other])[0]
+    assert (own["task"], there["task"], there["trained_on"]) == ("toy", "other", "toy") and own["key"] != there["key"]
+    assert there["accuracy"] == find_or_run("zero-shot", {}, clip, other, 0, records, progress=False)[0][0]["accuracy"] != own["accuracy"]
+    assert find_or_run("zero-shot", {}, clip, task, 0, records, progress=False, elsewhere=[other])[1]
+    fewer = replace(task, name="fewer", class_names=task.class_names[:2], test=ArrayImages(task.test.pixels[task.audit.test < 2]), _labels=Audit(task.audit.train, task.audit.test[task.audit.test < 2]))
+    some = find_or_run("zero-shot", {}, clip, task, 0, records, progress=False, elsewhere=[fewer])[0][1]
+    P = records.arrays(own["key"])["test_probabilities"][0][task.audit.test < 2][:, :2]
+    assert some["accuracy"] == 100 * (P.argmax(1) == task.audit.test[task.audit.test < 2]).mean()
+    with pytest.raises(ValueError, match=r"elsewhere: 'cats' has 1 class\(es\) that 'toy' has not, the first being 'cat'"):
+        find_or_run("zero-shot", {}, clip, task, 0, records, progress=False, elsewhere=[replace(other, name="cats", class_names=["cat", *task.class_names[1:]])])
 
 
 def test_an_unknown_question_is_named(tmp_path):
