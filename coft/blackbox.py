@@ -119,6 +119,10 @@ class Box:
         elif images.pixels is not None: check_pixels(images.pixels, info["image_size"])
         return self._answer(context, class_names, images, candidates, raw_features)
 
+    def affords(self, prompts:int, pairs:int):
+        "Raise `BudgetExhausted` if so much may not be asked any more"
+        self.meter.check(prompts, pairs)
+
     def forget_answers(self):
         "Answers that were kept for a run that breaks off are not needed any more"
 

@@ -85,24 +85,28 @@ def serve(
     model:str=typer.Option("embedded", help="as in load_clip"),
     pretrained:str=typer.Option(None, help="as in load_clip"),
     host:str=typer.Option("127.0.0.1", help="address to listen on; the default is this machine alone"),
-    port:int=typer.Option(8765, help="port to listen on"),
+    port:int=typer.Option(8765, min=1, max=65535, help="port to listen on"),
     token:str=typer.Option(None, envvar="COFT_TOKEN", help="what clients must show; better given as the variable than on the command line", show_envvar=True),
     ledger:Path=typer.Option(None, help="file that keeps the count of what was charged; without it the count ends with the server"),
     max_prompt_queries:int=typer.Option(None, min=0, help="refuse prompt queries beyond this number"),
     max_image_forwards:int=typer.Option(None, min=0, help="refuse pairs of prompt and image beyond this number"),
     max_body_mb:int=typer.Option(64, min=1, help="largest request in MiB"),
     raw_features:bool=typer.Option(False, help="let clients ask for scores of features that are not normalised"),
-    device:str=typer.Option("cpu", help="where the model runs"),
+    device:str=typer.Option("cpu", help="where the model runs: cpu, cuda, or auto"),
 ):
     "Answer prompts and images with class scores over HTTP, and show nothing else of the model."
-    import uvicorn
+    import socket, uvicorn
     from coft.blackbox import BlackBoxVLM
     from coft.clip import load_clip
     from coft.server import Ledger, make_app
-    try: clip = load_clip(model, pretrained, device)
-    except ValueError as e:
-        typer.echo(f"coft serve: {e}", err=True)
+    try:
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind((host, port))
+        clip = load_clip(model, pretrained, device)
+        counted = Ledger(ledger, max_prompt_queries=max_prompt_queries, max_image_forwards=max_image_forwards)
+    except (ValueError, OSError) as e:
+        typer.echo(f"coft serve: {f'{host}:{port} cannot be listened on ({e.strerror}); choose another --port' if isinstance(e, OSError) and not isinstance(e, FileNotFoundError) else e}", err=True)
         raise typer.Exit(2)
-    counted = Ledger(ledger, max_prompt_queries=max_prompt_queries, max_image_forwards=max_image_forwards)
     typer.echo(f"coft serve: {clip.name} / {clip.pretrained} at http://{host}:{port}, {'a token is needed' if token else 'no token is needed'}, {counted.n_prompt_queries} prompt queries charged so far. Stop with Ctrl-C.")
     uvicorn.run(make_app(BlackBoxVLM(clip, raw_features), token, counted, max_body_mb * 2**20), host=host, port=port, log_level="warning")

@@ -147,14 +147,14 @@ PROFILE_MODELS = {"embedded": ("embedded", None), "paper": ("ViT-B-16-quickgelu"
 def load_clip(
     model:str="embedded", # one of `EMBEDDED_MODELS`, or any name that open_clip knows
     pretrained:str|None=None, # a tag of open_clip, the path of a checkpoint, or "random"; None for the embedded weights
-    device:str="cpu", # where the model lives
+    device:str="cpu", # where the model lives; "auto" for a GPU where there is one
     cache_dir=None, # folder that downloads go to and are found in, also without a network; open_clip's own by default
     mean=None, # of the three channels, where a local checkpoint was trained with other pixels than OpenAI's
     std=None, # likewise
 )->FrozenCLIP:
     "Load a CLIP model with frozen weights; `ValueError` says what is allowed where a name is wrong"
     import open_clip
-    check_device(device)
+    device = check_device(device)
     if check_choice("model", model, _supported_models(model)) in EMBEDDED_MODELS:
         _check_pixels(False, mean=mean, std=std)
         return _load_embedded(model, pretrained, device)
@@ -176,9 +176,10 @@ def _check_pixels(is_checkpoint, **statistics):
         if k == "std" and min(v) <= 0: raise ValueError(f"std: {v!r} was given; numbers above 0 are needed.")
 
 def check_device(
-    device:str, # "cpu", "cuda", "cuda:1", ...
-)->str: # `device`
+    device:str, # "cpu", "cuda", "cuda:1", ..., or "auto" for a GPU where there is one
+)->str: # `device`, or what "auto" found
     "Raise `ValueError` unless torch knows and finds this device"
+    if device == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
     try: torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as e: raise ValueError(f"device: {device!r} was given, and torch cannot use it here ({str(e).splitlines()[0]}). Use 'cpu'{' or cuda' if torch.cuda.is_available() else ''}.") from e
     return device

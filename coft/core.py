@@ -8,6 +8,7 @@ __all__ = ['stream_key', 'generator', 'uniforms', 'torch_generator', 'check_choi
 
 # %% ../nbs/00_core.ipynb #555ec583
 import hashlib, json, math, os, tempfile
+from collections import Counter
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -111,7 +112,7 @@ def check_class_names(
     if wrong: raise ValueError(f"class_names: the name at position {wrong[0]} is {names[wrong[0]]!r}; every class needs a non-empty text.")
     if len(names) < 2: raise ValueError(f"class_names: {len(names)} given ({names}); at least two classes are needed.")
     seen = [n.lower().replace("_", " ") for n in names]
-    twice = sorted({n for n in seen if seen.count(n) > 1}) if len(set(seen)) < len(seen) else []
+    twice = sorted(n for n, times in Counter(seen).items() if times > 1)
     if twice: raise ValueError(f"class_names: given more than once: {', '.join(twice[:5])}. Each class needs a name of its own; upper and lower case read the same.")
     return names
 

@@ -8,6 +8,7 @@ __all__ = ['READOUTS', 'KL_DIRECTIONS', 'VIEWS', 'TRAININGS', 'PAPER_ROWS', 'Pro
 
 # %% ../nbs/08b_craft.ipynb #28c7c5b2
 import json, pickle
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -226,7 +227,8 @@ class _State:
 
     def load(self)->dict: # empty where nothing was kept
         if self.path is None or not self.path.exists(): return {}
-        state = torch.load(self.path, weights_only=True)
+        try: state = torch.load(self.path, weights_only=True)
+        except Exception as e: raise ValueError(f"{self.path.name} in {str(self.path.parent)!r} cannot be read ({type(e).__name__}). Delete it to start again.") from e
         if state["content"] != self.content:
             was, now = json.loads(state["content"]), json.loads(self.content)
             other = [f"{k} was {was.get(k)!r} and is {v!r}" for k, v in now.items() if was.get(k) != v]
@@ -244,6 +246,7 @@ class CraFT(Method):
     def _fit(self, run):
         s, task = run.settings, run.task
         box = run.clip if isinstance(run.clip, Box) else BlackBoxVLM(run.clip, raw_features=s.compat_raw_features)
+        if s.compat_raw_features and not box.info()["raw_features"]: raise ValueError("compat_raw_features: this box gives no features of any length; make it with raw_features=True, or start its server with --raw-features.")
         index, labels = task.labelled(s.shots, run.seed)
         views = ContrastView(like=task.augmentation, flip=task.augmentation.flip, p_jitter=0.0, p_grey=0.0) if s.views == "crop" else task.augmentation
         tuning = _Tuning(run, box, index, torch.from_numpy(np.asarray(labels)), views)
@@ -273,7 +276,7 @@ class _Tuning:
         self.prompts = PromptGenerator(start, s.intrinsic_dim, s.sigma, s.bound, s.projection_std, s.population, run.seed) if s.generate else None
         self.refiner = Refiner(len(self.names), s.hidden, run.seed) if s.refine else None
         self.adam = torch.optim.Adam(self.refiner.parameters(), lr=s.refine_lr) if s.refine else None
-        self.context, self.history, self.snapshots, self.messages, self.queries, self.forwards = start, [], [], [], 0, 0
+        self.context, self.history, self.snapshots, self.messages, self.queries, self.forwards, self.search_ended = start, [], [], [], 0, 0, False
         self.state = _State(run, run.content() | dict(seed=run.seed, labels=sha256_of(self.index, labels.numpy()), method="craft") if run.folder is not None else {})
 
     def go(self):
@@ -282,19 +285,28 @@ class _Tuning:
         turns = self._turns()
         bar = tqdm(total=len(turns), initial=len(self.history), desc="CraFT", unit="generation", disable=not self.run.progress, mininterval=1)
         for number, (generate, refine) in enumerate(turns[len(self.history):], len(self.history)):
-            if generate and number and self.prompts.stopped:
-                self.messages.append(f"CMA-ES stopped by itself after {number} of {len(turns)} generations: {', '.join(self.prompts.stopped)}.")
-                break
-            try: self.box.meter.check(generate * self.s.population, (generate * self.s.population + refine) * len(self.index))
-            except BudgetExhausted as e:
-                self.messages.append(f"Stopped after {number} of {len(turns)} generations, since the box's budget does not pay for another: {e}")
-                break
-            self.history.append(self._turn(number, generate, refine))
+            if generate and self.search_ended: turn = None
+            elif generate and number and self.prompts.stopped: turn = self._end_search(f"CMA-ES stopped by itself after {number} of {len(turns)} generations: {', '.join(self.prompts.stopped)}.")
+            else:
+                before = self.context, self.queries, self.forwards, deepcopy(self.refiner)
+                try:
+                    self.box.affords(generate * self.s.population, (generate * self.s.population + refine) * len(self.index))
+                    turn = self._turn(number, generate, refine)
+                except BudgetExhausted as e:
+                    self.context, self.queries, self.forwards, self.refiner = before
+                    turn = self._end_search(f"Stopped after {number} of {len(turns)} generations, since the box's budget does not pay for another: {e}")
+            if turn is None and not (generate and not refine and (False, True) in turns): break
+            self.history.append(turn or dict(generation=number + 1, prompt_queries=self.queries, image_forwards=self.forwards))
+            if turn is None: continue
             if self.s.log_every and (number + 1) % self.s.log_every == 0: self.snapshots.append(self._snapshot())
             self._keep()
             if self.state.path is not None: self.box.forget_answers()
             bar.update()
         bar.close()
+
+    def _end_search(self, message):
+        self.search_ended = True
+        self.messages.append(message)
 
     def _turns(self): # which modules take their turn, one pair per generation
         s = self.s

@@ -86,6 +86,7 @@ class CoOp(Method):
         model = LearnedContext(clip, task.class_names, s.n_context, s.context_std, run.seed)
         history = train(model, task.unlabelled, index, {"label": labels}, s.schedule(), clip.image_size, views, run.seed, "CoOp", run.progress, folder=run.folder, content=run.content())
         weights = sum(p.numel() * p.element_size() for p in clip.model.parameters())
-        facts = {"labelled images": len(index), "bytes to deploy": weights + 4 * model.context.numel()}
+        seeing = sum(p.numel() * p.element_size() for p in clip.model.visual.parameters())
+        facts = {"labelled images": len(index), "bytes to deploy": weights + 4 * model.context.numel(), "bytes to deploy for these classes": seeing + 4 * len(task.class_names) * clip.embed_dim}
         answer = torch.no_grad()(model.logits)
         return Fitted(self.name, task.class_names, [lambda images: predict(answer, images, clip.image_size)], facts=facts, trace={"histories": {"CoOp": history}})

@@ -232,6 +232,26 @@ def test_a_run_stops_within_the_boxs_budget_and_keeps_its_last_state(clip, task,
     assert np.array_equal(unweighted.trace["context"], two.trace["context"]), "the state is that of the second generation"
 
 
+def test_one_after_the_other_refines_even_where_the_search_ends_early(clip, task):
+    fitted = CraFT(**TINY, training="sequential").fit(BlackBoxVLM(clip, max_prompt_queries=80), task, progress=False)
+    history = fitted.trace["history"]
+    assert [("best" in h, "loss" in h) for h in history] == [(True, False)] * 2 + [(False, False)] + [(False, True)] * 3
+    assert history[-1]["loss"] < history[3]["loss"] and len(fitted.messages) == 1
+
+
+def test_raw_features_are_asked_for_before_anything_is_paid(clip, task):
+    box = BlackBoxVLM(clip)
+    with pytest.raises(ValueError, match="compat_raw_features: this box"):
+        CraFT(**TINY, compat_raw_features=True).fit(box, task, progress=False)
+    assert box.n_prompt_queries == 0
+
+
+def test_a_damaged_state_is_named(clip, task, tmp_path):
+    (tmp_path / "craft.pt").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"craft.pt in .* cannot be read.*Delete it"):
+        CraFT(**TINY).fit(clip, task, progress=False, folder=tmp_path)
+
+
 def test_answers_of_a_fitted_method_are_paid_too(clip, task):
     fitted = CraFT(**TINY).fit(BlackBoxVLM(clip, max_image_forwards=3 * 41 * 16 + 39), task, progress=False)
     with pytest.raises(BudgetExhausted, match="1968 of 2007 image forwards were used, and 40 more"):

@@ -13,8 +13,9 @@ import httpx
 import numpy as np
 import pytest
 from coft.blackbox import BlackBoxVLM, BudgetExhausted, Pictures
+from coft.clip import load_clip
 from coft.craft import CraFT
-from coft.server import Ledger, RemoteBox, make_app, pack_array
+from coft.server import Ledger, RemoteBox, make_app, pack_array, running_server
 from starlette.testclient import TestClient
 
 COMMAND = Path(sys.executable).parent / "coft"
@@ -129,6 +130,39 @@ def test_bad_requests_get_a_reason_and_cost_nothing(http, question, fault):
     assert http.get("/info").json()["image_forwards"] == 0
 
 
+def test_huge_shapes_of_nothing_are_refused_at_once(http, question):
+    contexts, names, pixels = question
+    begin = time.monotonic()
+    empty = pack_array(pixels) | dict(shape=[10**9, 0, 1, 1], data="")
+    for content in (body(contexts, names, pixels) | dict(images=empty), body(contexts, names, pixels) | dict(context=pack_array(contexts) | dict(shape=[], data=""))):
+        assert http.post("/logits", json=content).status_code == 422
+    many = body(contexts, [f"digit {i}" for i in range(25_001)], pixels)
+    assert "class_names" in TestClient(make_app(BlackBoxVLM(load_clip()))).post("/logits", json=many).json()["detail"]
+    assert "at most 300" in http.post("/logits", json=body(contexts, ["digit " * 60, *names], pixels)).json()["detail"]
+    assert time.monotonic() - begin < 10
+
+
+def test_one_prompt_without_its_first_axis_is_one_prompt(http, question):
+    contexts, names, pixels = question
+    assert http.post("/logits", json=body(contexts[0], names, pixels, candidates=True)).status_code == 200
+    assert http.get("/info").json()["prompt_queries"] == 1 and http.get("/info").json()["image_forwards"] == 12
+
+
+def test_answers_that_would_be_too_large_are_refused(http, question, monkeypatch):
+    import coft.server
+    monkeypatch.setattr(coft.server, "MAX_ANSWER", 10_000)
+    answer = http.post("/logits", json=body(*question))
+    assert answer.status_code == 422 and "too much at a time" in answer.json()["detail"]
+
+
+def test_a_server_with_another_model_is_noticed(remote, question):
+    box = remote()
+    box.info()
+    box._info["model_sha256"] = "0" * 64
+    with pytest.raises(ValueError, match=r"409.*holds another model \(embedded / fonts\)"):
+        box.logits(*question)
+
+
 @pytest.mark.parametrize("how", ["declared", "streamed"])
 def test_bodies_that_are_too_large_are_refused(http, how):
     content = b"x" * 300_000 if how == "declared" else iter([b"x" * 100_000] * 3)
@@ -148,12 +182,14 @@ def test_a_token_is_needed_where_one_is_set(clip, shown, status):
     for answer in (http.get("/info", headers=headers), http.post("/embed_text", json=dict(text="a photo"), headers=headers)):
         assert answer.status_code == status
     assert status == 200 or "Authorization: Bearer" in answer.json()["detail"]
+    assert http.post("/logits", content=b"{", headers=headers).status_code == (422 if status == 200 else 401), "the body is not looked at before the token"
 
 
 def test_the_servers_own_budget_ends_a_run(clip, task, remote):
     box = remote(make_app(BlackBoxVLM(clip), ledger=Ledger(max_prompt_queries=100)))
-    with pytest.raises(BudgetExhausted, match="80 of 100 prompt queries were used, and 40 more"):
-        CraFT(**TINY).fit(box, task, progress=False)
+    fitted = CraFT(**TINY).fit(box, task, progress=False)
+    assert "80 of 100 prompt queries were used, and 40 more" in fitted.messages[0] and fitted.facts["prompt queries"] == 80
+    assert fitted.predict_proba(task.test).shape == (40, 4), "the last whole generation answers"
 
 
 # What the client does
@@ -218,6 +254,89 @@ def test_a_ledger_with_a_cut_line_counts_the_others(tmp_path):
     assert Ledger(tmp_path / "ledger").n_prompt_queries == 81
 
 
+def test_an_answer_without_its_line_is_charged_when_it_is_found(tmp_path, remote, question):
+    remote(journal=tmp_path).logits(*question, candidates=True)
+    (tmp_path / "paid.jsonl").unlink()
+    again = remote(journal=tmp_path)
+    again.logits(*question, candidates=True)
+    assert (again.n_prompt_queries, again.n_image_forwards) == (5, 60)
+    assert remote(journal=tmp_path).n_prompt_queries == 5
+
+
+def test_a_damaged_answer_is_asked_for_again_and_paid_once(tmp_path, remote, question):
+    box = remote(journal=tmp_path)
+    answer = box.logits(*question)
+    for file in (tmp_path / "answers").glob("*.npy"):
+        file.write_bytes(b"")
+    assert np.array_equal(box.logits(*question), answer) and box.n_image_forwards == 60 and box.usage()["image_forwards"] == 60
+
+
+def test_a_lost_answer_is_paid_once(remote, question):
+    "The server charged and answered; the answer was lost on its way."
+    box = remote()
+    box.info()
+    request, lost = box._client.request, []
+
+    def drop(*args, **kwargs):
+        answer = request(*args, **kwargs)
+        if not lost:
+            lost.append(1)
+            raise httpx.ReadError("connection reset")
+        return answer
+
+    box._client.request = drop
+    box.logits(*question, candidates=True)
+    assert lost and box.usage() == {"prompt_queries": 5, "image_forwards": 60}
+
+
+def test_a_split_question_that_is_too_dear_costs_nothing(clip, remote, question):
+    contexts, names, pixels = question
+    box = remote(make_app(BlackBoxVLM(clip), max_body=40_000), max_image_forwards=59)
+    with pytest.raises(BudgetExhausted, match="0 of 59 image forwards were used, and 60 more"):
+        box.logits(contexts, names, Pictures(pixels))
+    assert box.usage()["image_forwards"] == 0
+
+
+def test_a_run_at_its_exact_budget_goes_on_after_its_last_payment(clip, task, tmp_path, remote, monkeypatch):
+    tiny, kept = TINY | dict(budget=80), dict(journal=tmp_path / "journal", max_prompt_queries=80)
+    whole = CraFT(**tiny).fit(clip, task, progress=False)
+    app = make_app(BlackBoxVLM(clip))
+    with monkeypatch.context() as patch:
+        refine, calls = CraFT._fit.__globals__["_Tuning"]._refine, []
+
+        def interrupted(self, *args):
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return refine(self, *args)
+
+        patch.setattr(CraFT._fit.__globals__["_Tuning"], "_refine", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            CraFT(**tiny).fit(remote(app, **kept), task, progress=False, folder=tmp_path / "state")
+    box = remote(app, **kept)
+    assert box.n_prompt_queries == 80, "everything is paid"
+    fitted = CraFT(**tiny).fit(box, task, progress=False, folder=tmp_path / "state")
+    assert not fitted.messages and fitted.facts == whole.facts and box.n_prompt_queries == 80
+    assert np.abs(fitted.predict_all(task.test) - whole.predict_all(task.test)).max() < 1e-5
+
+
+@pytest.mark.parametrize("make, message", [(lambda tmp: RemoteBox("127.0.0.1:8765"), "url: '127.0.0.1:8765' was given"), (lambda tmp: RemoteBox("http://a", journal=tmp / "file"), "journal: .* cannot be a folder"),
+                                           (lambda tmp: Ledger(tmp), "is a folder; a file is needed"), (lambda tmp: Ledger(tmp / "damaged"), "line 1 of .* cannot be read")], ids=["url", "journal", "folder", "damaged"])
+def test_places_that_cannot_serve_are_named(tmp_path, make, message):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "damaged").write_text('5\n["a", 1, 2]\n')
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path)
+
+
+def test_another_web_server_is_named(remote):
+    from fastapi import FastAPI
+    other = FastAPI()
+    other.get("/info")(lambda: dict(name="something else"))
+    with pytest.raises(ConnectionError, match="is no server of coft: 'model_sha256' is missing"):
+        remote(other).info()
+
+
 # A server that dies
 
 def free_port():
@@ -269,3 +388,11 @@ def test_a_server_killed_in_mid_generation_costs_nothing(clip, task, tmp_path, m
 def test_a_port_that_is_taken_and_a_model_that_is_unknown(tmp_path):
     done = subprocess.run([COMMAND, "serve", "--model", "embeded"], capture_output=True, text=True)
     assert done.returncode == 2 and "Did you mean 'embedded'" in done.stderr and "Traceback" not in done.stderr
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = subprocess.run([COMMAND, "serve", "--port", port], capture_output=True, text=True)
+        with pytest.raises(RuntimeError, match=f"somebody listens on {port} already"), running_server(port=int(port)):
+            pass
+    assert done.returncode == 2 and f"127.0.0.1:{port} cannot be listened on" in done.stderr and "Traceback" not in done.stderr

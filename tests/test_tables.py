@@ -144,6 +144,11 @@ def test_the_page_of_costs_runs(tmp_path):
     assert "`embedded` on glyphs-toy: CraFT keeps 1/" in said and "2 shots, 80 queries" in said
 
 
+def test_the_main_job_hands_a_device_on_that_the_page_of_costs_takes(tmp_path):
+    page = papermill.execute_notebook(ROOT / "nbs/tables/craft-cost.ipynb", tmp_path / "page.ipynb", dict(tasks="glyphs-toy", models=["embedded"], shots=1, budget=40, epochs=1, out_dir=str(tmp_path), device="auto"), kernel_name="python3", progress_bar=False)
+    assert not any(o.output_type == "error" for c in page.cells if c.cell_type == "code" for o in c.outputs)
+
+
 def test_the_page_of_shifts_runs(tmp_path):
     "One source, one target, few steps; the methods are fitted once and scored twice."
     ask = dict(targets=["digits-noise"], models=["embedded"], shots=1, budget=40, epochs=1, out_dir=str(tmp_path / "out"), device="cpu")
