@@ -253,6 +253,13 @@ def run_experiment(
     return experiment
 
 # %% ../nbs/12_experiment.ipynb #33939c53
+def by_profile(
+    profile:str, # of `Parameters`
+    **choices, # profile -> value
+):
+    "What a page takes in this profile unless it is told otherwise"
+    return choices[check_choice("profile", profile, choices)]
+
 def _device(name):
     import torch
     if name == "cuda" and not torch.cuda.is_available(): raise ValueError("device: 'cuda' was given, but this installation of torch finds no CUDA device. Use 'cpu' or 'auto'.")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, Field
 
 from .blackbox import BlackBoxVLM, Box, BudgetExhausted, Meter, Pictures, UnknownImages, check_context, check_pixels
@@ -214,6 +215,7 @@ class RemoteBox(Box):
         except OSError as e: raise ValueError(f"journal: {str(journal)!r} cannot be a folder ({e.strerror}). Give another.") from e
         self.url, self.journal, self.patience = url.rstrip("/"), Path(journal) if journal is not None else None, patience
         self.interval, self._next = 1 / requests_per_second if requests_per_second else 0.0, 0.0
+        self._lock = self._alone(journal)
         self.meter = Ledger(self.journal/"paid.jsonl" if self.journal is not None else None, max_prompt_queries=max_prompt_queries, max_image_forwards=max_image_forwards)
         self._client, self._info, self._texts = httpx.Client(base_url=self.url, timeout=timeout, headers={"Authorization": f"Bearer {token}"} if token else {}), None, {}
 
@@ -242,8 +244,16 @@ class RemoteBox(Box):
             for file in (self.journal/"answers").glob("*.npy"): file.unlink(missing_ok=True)
 
     def close(self):
-        "Close the connections"
+        "Close the connections and give the journal back"
         self._client.close()
+        if self._lock is not None: self._lock.release()
+
+    def _alone(self, journal):
+        if journal is None: return None
+        lock = FileLock(Path(journal)/"in-use.lock", timeout=0, is_singleton=True)
+        try: lock.acquire()
+        except Timeout as e: raise ValueError(f"journal: {str(journal)!r} is in use by another process, and what both pay would not be counted together. Wait for it, stop it, or give another folder.") from e
+        return lock
 
     def _answer(self, context, class_names, images, candidates, raw_features):
         wrapped = images if isinstance(images, Pictures) else Pictures(images)

@@ -244,6 +244,16 @@ def test_the_journal_answers_without_the_server(tmp_path, remote, question):
     assert not list((tmp_path / "answers").glob("*.npy")) and box.n_image_forwards == 60
 
 
+def test_a_journal_belongs_to_one_process_at_a_time(tmp_path, remote, question):
+    box = remote(journal=tmp_path)
+    box.logits(*question, candidates=True)
+    other = [sys.executable, "-c", f"from coft.server import RemoteBox; print(RemoteBox('http://a', journal={str(tmp_path)!r}).n_prompt_queries)"]
+    refused = subprocess.run(other, capture_output=True, text=True)
+    assert refused.returncode and "is in use by another process" in refused.stderr
+    box.close()
+    assert subprocess.run(other, capture_output=True, text=True).stdout == "5\n", "given back with close"
+
+
 def test_a_ledger_with_a_cut_line_counts_the_others(tmp_path):
     ledger = Ledger(tmp_path / "ledger")
     ledger.charge("a", 40, 640), ledger.charge("b", 40, 640), ledger.charge("a", 40, 640)

@@ -124,6 +124,46 @@ def test_the_few_shot_page_runs(tmp_path):
     assert queries == {("coop", 1): 1, ("coop", 2): 2, ("bbt", 1): 40, ("bbt", 2): 80, ("craft", 1): 40, ("craft", 2): 80}
 
 
+def page_until(name, begins, **given):
+    "Names of a page after its cells up to the one that begins like this, with these parameters in the place of its own."
+    space = {}
+    for cell in nbformat.read(ROOT / f"nbs/tables/{name}.ipynb", 4).cells:
+        if cell.cell_type != "code":
+            continue
+        source = cell.source.split("\nruns = ")[0].split("\nfew, runs = ")[0]
+        exec(source.rsplit("\np", 1)[0] if source.endswith("\np") else source, space)
+        if "parameters" in cell.metadata.get("tags", []):
+            space.update(given)
+        if cell.source.startswith(begins):
+            return space
+    raise AssertionError(f"{name} has no cell that begins with {begins!r}")
+
+
+@pytest.mark.parametrize("name, begins", [("craft-1", "def settings_of"), ("ablations-craft", "def variants_on")])
+def test_few_shot_pages_take_the_papers_data_and_model_in_its_profile(name, begins):
+    page = page_until(name, begins, profile="paper")
+    p = page["p"]
+    assert (p.model, p.pretrained) == ("RN50-quickgelu", "openai") and len(p.tasks) == 11 and "imagenet" in p.tasks
+    if name == "craft-1":
+        settings, coop = page["settings_of"]("craft", "eurosat", 4), [page["settings_of"]("coop", "eurosat", k)["epochs"] for k in (1, 2, 4, 8, 16)]
+        assert coop == [50, 100, 100, 200, 200] and settings["budget"] == 4000
+    else:
+        settings = page["variants_on"]("eurosat")["64 numbers"][1]
+        assert settings["intrinsic_dim"] == 64
+    assert (settings["sigma"], settings["projection_std"], settings["weight"]) == (0.02, 1.0, 0.01)
+
+
+def test_coop_epochs_follow_the_shots_in_the_embedded_profile():
+    page = page_until("craft-1", "def settings_of")
+    epochs = [page["settings_of"]("coop", "digits", k)["epochs"] for k in (1, 2, 4, 8, 16)]
+    assert epochs[0] * 4 == epochs[1] * 2 == epochs[2] * 2 == epochs[3] == epochs[4] == get_method("coop").settings_for("embedded").epochs
+
+
+def test_one_target_may_be_given_as_a_text():
+    page = page_until("craft-shift", "if tasks is None", targets="digits-noise", models="embedded-l")
+    assert page["targets"] == ["digits-noise"] and page["models"] == ["embedded-l"]
+
+
 def test_the_page_of_craft_ablations_runs(tmp_path):
     "All questions on four characters, two generations each; what a variant changes is in its record."
     ask = dict(tasks="glyphs-toy", budget=80, out_dir=str(tmp_path / "out"), device="cpu")
