@@ -1,5 +1,5 @@
 "Variants of a method and the pages that compare them."
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import nbformat
 import pandas as pd
@@ -96,16 +96,30 @@ def test_a_setting_for_a_method_that_does_not_run_is_named():
         Parameters(methods="zero-shot", settings={"coft": {"top_k": 8}})
 
 
-def test_the_page_of_ablations_names_what_exists():
-    "Its variants are registered methods with settings that they know."
-    path = ROOT / "nbs/tables/ablations-coft.ipynb"
-    code = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code" and c.source.startswith("questions = "))
+def page_until(name, begins, **given):
+    "Names of a page after its cells up to the one that begins like this, with these parameters in the place of its own."
     space = {}
-    exec(code, space)
-    for question in space["questions"].values():
+    for cell in nbformat.read(ROOT / f"nbs/tables/{name}.ipynb", 4).cells:
+        if cell.cell_type != "code":
+            continue
+        source = cell.source.split("\nruns = ")[0].split("\nfew, runs = ")[0]
+        exec(source.rsplit("\np", 1)[0] if source.endswith("\np") else source, space)
+        if "parameters" in cell.metadata.get("tags", []):
+            space.update(given)
+        if cell.source.startswith(begins):
+            return space
+    raise AssertionError(f"{name} has no cell that begins with {begins!r}")
+
+
+def test_the_page_of_ablations_names_what_exists():
+    "Its variants are registered methods with settings that they know, and our additions stand on the settings of coft."
+    page = page_until("ablations-coft", "as_coft = ")
+    for question in page["questions"].values():
         for method, settings in question.values():
             get_method(method, **settings)
             assert method in METHODS
+    coft, ours = (asdict(get_method(m, **s).settings_for("embedded")) for m, s in (page["base"]["coft"], page["questions"]["complement"]["both"]))
+    assert all(ours[k] == v for k, v in coft.items())
 
 
 def test_every_page_has_a_name_and_every_name_a_page():
@@ -122,21 +136,6 @@ def test_the_few_shot_page_runs(tmp_path):
     assert any("difference from craft, 2" in t for t in shown)
     queries = {(r["method"], r["settings"]["shots"]): r["settings"].get("budget") or r["settings"]["epochs"] for r in Records(tmp_path / "out").load() if r["method"] != "zero-shot"}
     assert queries == {("coop", 1): 1, ("coop", 2): 2, ("bbt", 1): 40, ("bbt", 2): 80, ("craft", 1): 40, ("craft", 2): 80}
-
-
-def page_until(name, begins, **given):
-    "Names of a page after its cells up to the one that begins like this, with these parameters in the place of its own."
-    space = {}
-    for cell in nbformat.read(ROOT / f"nbs/tables/{name}.ipynb", 4).cells:
-        if cell.cell_type != "code":
-            continue
-        source = cell.source.split("\nruns = ")[0].split("\nfew, runs = ")[0]
-        exec(source.rsplit("\np", 1)[0] if source.endswith("\np") else source, space)
-        if "parameters" in cell.metadata.get("tags", []):
-            space.update(given)
-        if cell.source.startswith(begins):
-            return space
-    raise AssertionError(f"{name} has no cell that begins with {begins!r}")
 
 
 @pytest.mark.parametrize("name, begins", [("craft-1", "def settings_of"), ("ablations-craft", "def variants_on")])
