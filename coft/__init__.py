@@ -5,7 +5,7 @@ import importlib
 
 _HOME = {
     "load_clip": "clip", "FrozenCLIP": "clip", "zero_shot_head": "clip",
-    "Task": "data", "ArrayImages": "data", "Augmentation": "data", "FileImages": "images",
+    "Task": "data", "sample_task": "data", "ArrayImages": "data", "Augmentation": "data", "FileImages": "images",
     "task_from_folder": "images", "task_from_table": "images", "task_from_arrays": "images", "task_from_dataset": "images",
     "TASKS": "datasets", "load_task": "datasets", "register_task": "datasets", "DATASETS": "datasets",
     "DualPrompt": "prompts", "VisualPrompt": "adapters", "LoRA": "adapters", "Adapter": "adapters", "build_light_module": "adapters",

@@ -25,7 +25,7 @@ from .clip import FrozenCLIP, load_clip, zero_shot_head
 from .contrast import ContrastView, MomentumContrast, Views, queue_length
 from .core import check_choice, check_flag, check_number, expect_error, sha256_of
 from .data import Task, batches, load_task
-from .filtering import Similarities, collapse_warning, select_topk, selection_warnings, softmax_probabilities
+from .filtering import Similarities, collapse_warning, select_topk, selection_warnings, shortened, softmax_probabilities
 from .prompts import L2_GRAD, DualPrompt, dual_prompt_losses, random_complement
 from .protocol import Fitted, Method, Run
 from .trainer import EncoderWithHead, Schedule, check_head, predict, train
@@ -314,7 +314,7 @@ def _with_given(direction, given):
 def _short_classes(P, selected, settings, names):
     found, taken = (np.bincount(labels, minlength=P.shape[1]) for labels in (P.argmax(1), selected))
     what = lambda k: f"its {taken[k]} starting labels were completed with the nearest others" if taken[k] > found[k] else f"its {settings.top_k} starting labels were left incomplete"
-    return [f"Class {names[k]!r} was found in only {found[k]} images; {what(k)}." for k in np.flatnonzero(found < settings.top_k)]
+    return shortened((f"Class {names[k]!r} was found in only {found[k]} images; {what(k)}." for k in np.flatnonzero(found < settings.top_k)), f"classes were found in fewer than {settings.top_k} images")
 
 # %% ../nbs/07_collaborate.ipynb #a86b2f6f
 RANKINGS, CONTRAST_VIEWS, LABEL_VIEWS = ("confidence", "p_clean"), ("moco", "task"), ("contrast", "weak")

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KEEP_BYTES', 'N_AUGMENT', 'NO_FLIP', 'CHARACTER_TEMPLATE', 'CHARACTER_TEMPLATES', 'CHARACTER_LLM_TEMPLATES', 'STORED',
            'HARD', 'SHIFTS', 'PROFILE_TASKS', 'EMBEDDED_TASKS', 'TASKS', 'ArrayImages', 'clip_geometry',
-           'resize_and_crop', 'squeeze', 'Augmentation', 'augment', 'batches', 'Audit', 'Task', 'digits_task',
-           'glyphs_task', 'glyphs_dev_task', 'glyphs_report_task', 'glyphs_toy_task', 'shift_images',
-           'shifted_digits_task', 'register_task', 'load_task']
+           'resize_and_crop', 'squeeze', 'Augmentation', 'augment', 'batches', 'Audit', 'Task', 'SomeImages',
+           'sample_task', 'digits_task', 'glyphs_task', 'glyphs_dev_task', 'glyphs_report_task', 'glyphs_toy_task',
+           'shift_images', 'shifted_digits_task', 'register_task', 'load_task']
 
 # %% ../nbs/02_data.ipynb #32ec503c
 import json, os
@@ -213,6 +213,41 @@ class Task:
         known = [] if self._labels is None else [self._labels.train, self._labels.test]
         labels = [labels for labels in [*known, self._noisy] if labels is not None]
         return sha256_of(self.unlabelled.digest(), self.test.digest(), *labels, json.dumps([self.class_names, self.template, self.templates, self.llm_templates]), repr(self.augmentation))
+
+# %% ../nbs/02_data.ipynb #5c0de103
+class SomeImages:
+    "A part of an image set, in the order of `rows`"
+    def __init__(self,
+        images, # an image set
+        rows, # which of its images [n]
+    ):
+        self.images, self.rows = images, np.asarray(rows, dtype=np.int64)
+
+    def __len__(self): return len(self.rows)
+
+    def digest(self)->str:
+        "SHA-256 of the whole set and the choice"
+        return sha256_of(self.images.digest(), self.rows)
+
+    def batch(self, index, size:int, whole:bool=False)->torch.Tensor: # uint8 [n, 3, size, size]
+        "As of `ArrayImages`"
+        return self.images.batch(self.rows[np.asarray(index, dtype=np.int64)], size, whole)
+
+def sample_task(
+    task:Task, # any task
+    n_train:int|None=None, # unlabelled images to keep, all by default
+    n_test:int|None=None, # test images to keep, all by default
+    seed:int=0, # of the choice
+)->Task:
+    "The same task with fewer images, drawn at random; `ValueError` if it has not so many"
+    rows = {}
+    for what, images, n in (("n_train", task.unlabelled, n_train), ("n_test", task.test, n_test)):
+        if n is not None: check_number(what, n, low=1, high=len(images), integer=True)
+        rows[what] = np.arange(len(images)) if n is None else np.sort(generator(seed, "sample", what).choice(len(images), n, replace=False))
+    part = lambda values, what: None if values is None else values[rows[what]]
+    labels = task._labels and Audit(part(task._labels.train, "n_train"), part(task._labels.test, "n_test"))
+    return replace(task, unlabelled=SomeImages(task.unlabelled, rows["n_train"]), test=SomeImages(task.test, rows["n_test"]), _labels=labels, _noisy=part(task._noisy, "n_train"))
+
 
 # %% ../nbs/02_data.ipynb #051e0220
 NO_FLIP = Augmentation(crop=0.88, flip=False, rotate=0.15, slant=0.15, stretch=0.1)
