@@ -345,6 +345,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                'coft/experiment.py'),
                                  'coft.experiment.Parameters.of_model': ('experiment.html#parameters.of_model', 'coft/experiment.py'),
                                  'coft.experiment.Parameters.only': ('experiment.html#parameters.only', 'coft/experiment.py'),
+                                 'coft.experiment.Parameters.seeds_of': ('experiment.html#parameters.seeds_of', 'coft/experiment.py'),
                                  'coft.experiment._accuracies': ('experiment.html#_accuracies', 'coft/experiment.py'),
                                  'coft.experiment._alike': ('experiment.html#_alike', 'coft/experiment.py'),
                                  'coft.experiment._correctness': ('experiment.html#_correctness', 'coft/experiment.py'),

@@ -42,7 +42,7 @@ class Parameters:
     methods:list=None # registered methods, a name, a list, or "all"; None for `DEFAULT_METHODS`
     model:str=None # as in `load_clip`; None leaves it to the profile
     pretrained:str=None # as in `load_clip`; None leaves it to the profile
-    seeds:list=0 # a whole number or a list of them
+    seeds:list=0 # a whole number or a list of them, or a mapping from every task to its own
     out_dir:str="results" # where records, tables and figures go; a relative path starts at the project's root
     data_root:str=None # folder of data sets that are not generated
     device:str="auto" # "auto", "cpu" or "cuda"
@@ -55,7 +55,8 @@ class Parameters:
         self.tables = _names("tables", self.tables, TABLES)
         self.tasks = _names("tasks", PROFILE_TASKS[self.profile] if self.tasks is None else self.tasks, TASKS)
         self.methods = _names("methods", DEFAULT_METHODS if self.methods is None else self.methods, METHODS)
-        self.seeds = _seeds(self.seeds)
+        if isinstance(self.seeds, dict) and set(self.seeds) != set(self.tasks): raise ValueError(f"seeds: seeds of {', '.join(map(str, self.seeds)) or 'no task'} were given; the tasks are {', '.join(self.tasks)}, and each needs its own.")
+        self.seeds = {t: _seeds(self.seeds[t]) for t in self.tasks} if isinstance(self.seeds, dict) else _seeds(self.seeds)
         self.out_dir = str(_text("out_dir", self.out_dir))
         check_choice("device", self.device, DEVICES)
         check_flag("progress", self.progress)
@@ -73,7 +74,11 @@ class Parameters:
 
     def only(self, task:str)->"Parameters":
         "The same for one task"
-        return replace(self, tasks=[check_choice("tasks", task, self.tasks)])
+        return replace(self, tasks=[check_choice("tasks", task, self.tasks)], seeds=self.seeds_of(task))
+
+    def seeds_of(self, task:str)->list:
+        "Seeds of the runs on a task"
+        return self.seeds[task] if isinstance(self.seeds, dict) else self.seeds
 
     def of_model(self, model:str, pretrained:str|None=None)->"Parameters":
         "The same for another model"
@@ -237,7 +242,7 @@ def run_experiment(
     records = Records(project_root()/p.out_dir)
     clip = load_clip(p.model, p.pretrained, _device(p.device))
     stages = {s for m in p.methods for s in METHODS[m].stages}
-    plan = [(t, m, s) for t in p.tasks for m in p.methods if m not in stages for s in p.seeds]
+    plan = [(t, m, s) for t in p.tasks for m in p.methods if m not in stages for s in p.seeds_of(t)]
     tasks, runs, reused = {t: load_task(t, p.data_root) for t in p.tasks}, [], 0
     for i, (t, m, s) in enumerate(plan, 1):
         got, found = find_or_run(m, p.settings.get(m, {}), clip, tasks[t], s, records, p.progress)
@@ -279,11 +284,11 @@ def run_variants(
     done = 0
     for is_late in (False, True): # a stage is found where its whole method has run
         alike = _alike({v: variants[v] for v in variants if (variants[v][0] in late) == is_late}, p)
-        plan = [(t, same, s) for same in alike for t in p.tasks for s in p.seeds]
+        plan = [(t, same, s) for same in alike for t in p.tasks for s in p.seeds_of(t)]
         for (t, same, s), r in zip(plan, Parallel(workers, return_as="generator")(delayed(_run_variant)(*variants[same[0]], p, t, s, workers > 1, packed, elsewhere) for t, same, s in plan)):
             runs += [one | dict(method=v, registered=one["method"]) for v in same for one in r]
             done += len(same)
-            say(f"[{done}/{len(variants) * len(p.tasks) * len(p.seeds)}] {' = '.join(same)} on {t}, seed {s}: {r[0]['accuracy']:.1f} %, {r[0]['seconds']:.0f} s", flush=True)
+            say(f"[{done}/{len(variants) * sum(len(p.seeds_of(t)) for t in p.tasks)}] {' = '.join(same)} on {t}, seed {s}: {r[0]['accuracy']:.1f} %, {r[0]['seconds']:.0f} s", flush=True)
     place = {v: i for i, v in enumerate(variants)}
     return sorted(runs, key=lambda r: ([*p.tasks, *elsewhere].index(r["task"]), place[r["method"]], r["seed"]))
 
@@ -389,7 +394,7 @@ def draw_figures(
     for t in experiment.parameters.tasks:
         mine = [r for r in runs if r["task"] == t]
         accuracies = {m: np.array([r["accuracy"] for r in mine if r["method"] == m]) for m in dict.fromkeys(r["method"] for r in mine)}
-        drawn = {"overview": plots.plot_accuracies(accuracies, f"{t}: {mine[0]['n_test']} test images, {len(experiment.parameters.seeds)} seed(s)")}
+        drawn = {"overview": plots.plot_accuracies(accuracies, f"{t}: {mine[0]['n_test']} test images, {len(experiment.parameters.seeds_of(t))} seed(s)")}
         coft = next((r for r in mine if r["method"] == "coft"), None)
         base = next((r for r in mine if r["method"] == "zero-shot"), None)
         if coft and base:

@@ -325,6 +325,10 @@ def test_all_methods(all_methods):
 def test_good_values_are_accepted_in_every_form(tmp_path):
     p = Parameters(tasks="glyphs", methods=("coft", "coft", "top-k"), seeds=range(3), out_dir=tmp_path, data_root=str(tmp_path), settings={"coft": {"top_k": 8}})
     assert (p.tasks, p.methods, p.seeds, p.out_dir) == (["glyphs"], ["coft", "top-k"], [0, 1, 2], str(tmp_path))
+    own = Parameters(tasks=["digits", "glyphs"], seeds={"digits": [0, 1], "glyphs": 3})
+    assert (own.seeds_of("digits"), own.seeds_of("glyphs"), own.only("digits").seeds, own.only("digits").tasks) == ([0, 1], [3], [0, 1], ["digits"])
+    with pytest.raises(ValueError, match="seeds: seeds of digits were given; the tasks are digits, glyphs"):
+        Parameters(tasks=["digits", "glyphs"], seeds={"digits": 0})
     assert Parameters(seeds=5).seeds == [5] and Parameters().tasks == ["digits"] and Parameters(profile="paper").model == "ViT-B-16-quickgelu"
 
 
