@@ -14,6 +14,7 @@ _HOME = {
     "CoFT": "collaborate", "CoFTPhase1": "collaborate", "CoFTPlus": "collaborate", "CoFTSemi": "collaborate", "CoFTPlusSemi": "collaborate", "CoFTX": "ours",
     "BlackBoxVLM": "blackbox", "Pictures": "blackbox", "BudgetExhausted": "blackbox", "RemoteBox": "server", "CraFT": "craft", "BBT": "craft", "craft_settings": "craft", "CoOp": "fewshot",
     "TipAdapter": "fewshot", "TipAdapterF": "fewshot", "LinearProbe": "fewshot", "tip_adapter_settings": "fewshot",
+    "UPL": "pseudolabels", "FPL": "pseudolabels", "IFPL": "pseudolabels", "GRIP": "pseudolabels", "CPL": "pseudolabels", "cpl_settings": "pseudolabels",
     "ZeroShot": "rivals", "ZeroShotEnsemble": "rivals", "TopK": "rivals", "Supervised": "rivals",
     "Parameters": "experiment", "run_experiment": "experiment", "run_variants": "experiment", "variants_table": "experiment", "published_table": "results",
 }
