@@ -13,6 +13,7 @@ _HOME = {
     "Method": "protocol", "Fitted": "protocol", "Run": "protocol", "METHODS": "rivals", "get_method": "rivals",
     "CoFT": "collaborate", "CoFTPhase1": "collaborate", "CoFTPlus": "collaborate", "CoFTSemi": "collaborate", "CoFTPlusSemi": "collaborate", "CoFTX": "ours",
     "BlackBoxVLM": "blackbox", "Pictures": "blackbox", "BudgetExhausted": "blackbox", "RemoteBox": "server", "CraFT": "craft", "BBT": "craft", "craft_settings": "craft", "CoOp": "fewshot",
+    "FixMatch": "consistency", "FixMatchDA": "consistency", "LaFTer": "consistency", "TransCLIP": "transductive",
     "ZeroShot": "rivals", "ZeroShotEnsemble": "rivals", "TopK": "rivals", "Supervised": "rivals",
     "Parameters": "experiment", "run_experiment": "experiment", "run_variants": "experiment", "variants_table": "experiment", "published_table": "results",
 }

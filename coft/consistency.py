@@ -61,7 +61,7 @@ def _move(x, level, bound, rows):
     field = torch.stack([torch.stack([zero + r for r in row], -1) for row in rows(v)], 1)
     return F.grid_sample(x, F.affine_grid(field, x.shape, align_corners=False), padding_mode="border", align_corners=False)
 
-# %% ../nbs/08f_consistency.ipynb #68764a2c
+# %% ../nbs/08f_consistency.ipynb #0d1cfbde
 OPERATIONS = { # name -> function of images [n, 3, h, w] in [0, 1] and levels [n, 1, 1, 1] in [0, 1)
     "identity": lambda x, level: x,
     "autocontrast": lambda x, level: _spread(x),
@@ -93,7 +93,7 @@ class StrongView:
     "The task's own view, then random operations, then a grey square"
     like:Augmentation=Augmentation() # the task's: cropped, mirrored and turned as the task allows
     operations:int=3 # how many of `OPERATIONS` follow (USB: 3)
-    cutout:float=0.5 # largest side of the grey square, as a share of the image's (paper, USB)
+    cutout:float=0.5 # largest side of the grey square, as a share of the image's (USB)
 
     @property
     def n_numbers(self)->int: return self.like.n_numbers + 2 * self.operations + 3
@@ -113,7 +113,7 @@ class StrongView:
                 if rows.any(): x[rows] = change(x[rows], level[rows, None, None, None]).clamp(0, 1)
         return cover(x, square, self.cutout)
 
-# %% ../nbs/08f_consistency.ipynb #7d20ff65
+# %% ../nbs/08f_consistency.ipynb #aa4cd9c0
 STRONG_VIEWS, MEANS, LABELLERS = ("randaugment", "crop", "task"), ("batch", "accepted"), ("self", "average")
 
 def strong_view(
@@ -130,20 +130,20 @@ def strong_view(
 class FixMatchSettings:
     "Settings of FixMatch without labels; the official values where there are any"
     template_set:str="coop" # first classifier: one of `TEMPLATE_SETS`
-    threshold:float=0.95 # confidence from which on a label counts (paper, code, USB)
-    strong_views:str="randaugment" # one of `STRONG_VIEWS` (paper, USB)
+    threshold:float=0.95 # confidence from which on a label counts (code, USB)
+    strong_views:str="randaugment" # one of `STRONG_VIEWS` (USB)
     operations:int=3 # of RandAugment (USB)
-    cutout:float=0.5 # largest side of the grey square, as a share of the image's (paper, USB)
-    mean_over:str="batch" # the loss is divided by the "batch" (paper, code) or by the "accepted" images in it (MUST)
-    labeller:str="self" # who labels: the model itself (paper, code), or the moving "average" of its weights (MUST)
-    average:float=0.0 # decay of that average, which then answers too; 0 for none (USB: none; the paper's code 0.999 over 2^20 steps)
+    cutout:float=0.5 # largest side of the grey square, as a share of the image's (USB)
+    mean_over:str="batch" # the loss is divided by the "batch" (code) or by the "accepted" images in it (MUST)
+    labeller:str="self" # who labels: the model itself (code), or the moving "average" of its weights (MUST)
+    average:float=0.0 # decay of that average, which then answers too; 0 for none (USB: none; code: 0.999 over 2^20 steps)
     train_head:bool=True # whether the classifier learns as well (MUST)
     optimizer:str="adamw" # "sgd" or "adamw" (USB, MUST)
     lr:float=1e-5 # peak learning rate (inferred)
     epochs:int=30 # passes over the unlabelled images (MUST: 20 to 60 by data set)
     batch_size:int=64 # images per step (MUST, per device)
-    weight_decay:float=5e-4 # of the optimiser (paper, USB)
-    warmup:float=0.0 # share of the steps with a linearly rising rate (paper, MUST: none)
+    weight_decay:float=5e-4 # of the optimiser (code, USB)
+    warmup:float=0.0 # share of the steps with a linearly rising rate (code, MUST: none)
 
     def __post_init__(self):
         for name, allowed in (("template_set", TEMPLATE_SETS), ("strong_views", STRONG_VIEWS), ("mean_over", MEANS), ("labeller", LABELLERS)): check_choice(name, getattr(self, name), allowed)
@@ -363,7 +363,7 @@ class SteadySchedule(Schedule):
         "Linear warm-up, then the peak"
         return super().rate(step, steps) if step < self.warmup * steps else 1.0
 
-# %% ../nbs/08f_consistency.ipynb #2014a56f
+# %% ../nbs/08f_consistency.ipynb #26ad257a
 LEARNER_VIEWS, DECAYS = ("simsiam", "task"), ("constant", "cosine")
 TEXT_STEPS = {"dtd": 400, "eurosat": 400, "fgvc_aircraft": 500, "food101": 400, "imagenet": 500, "oxford_flowers": 600, "sun397": 500, "ucf101": 400, "caltech101": 500} # of the text classifier, by data set (code)
 
@@ -376,11 +376,11 @@ class LaFTerSettings:
     text_epochs:int=0 # steps of the text classifier, all sentences in each; 0 for the official number of the data set, 400 for others (code)
     text_lr:float=5e-4 # its learning rate (code)
     n_visual:int=50 # prompt tokens before the first block; 0 for none, which any image tower allows (code)
-    views:str="simsiam" # of the learner: crops, colours and blur (paper, code), or as the "task" makes them
+    views:str="simsiam" # of the learner: crops, colours and blur (code), or as the "task" makes them
     crop_area:float=0.2 # smallest share of the image that a crop keeps (code)
     unit_features:bool=False # scale the learner's features to unit length (code: no)
     decay:str="constant" # of the learning rates: "constant" (code) or "cosine"
-    optimizer:str="adamw" # of both phases: "sgd" or "adamw" (paper, code)
+    optimizer:str="adamw" # of both phases: "sgd" or "adamw" (code)
     lr:float=5e-4 # learning rate of the learner (code)
     epochs:int=50 # passes over the unlabelled images (code)
     batch_size:int=50 # images per step (code)

@@ -20,15 +20,15 @@ from .core import check_choice, check_flag, check_number, expect_error
 from .data import SomeImages, batches, load_task
 from .protocol import Fitted, Method, get_method
 
-# %% ../nbs/08g_transductive.ipynb #b47e8eb8
+# %% ../nbs/08g_transductive.ipynb #74fa5698
 @dataclass(frozen=True)
 class TransCLIPSettings:
     "Settings of TransCLIP-ZS; the defaults are those of its official code"
     template_set:str="coop" # of the text: one of `TEMPLATE_SETS` (code: the data set's own template)
-    text_weight:float=1.0 # lambda, of the text (paper, code)
+    text_weight:float=1.0 # lambda, of the text (code)
     mixture_weight:float=0.02 # omega, of the Gaussian mixture (code)
     affinity_weight:float=1.0 # alpha, of the neighbours (code)
-    n_neighbours:int=3 # images to which each one is tied (paper, code)
+    n_neighbours:int=3 # images to which each one is tied (code)
     rounds:int=10 # updates of means and variances (code)
     assign_steps:int=5 # of the answers, before each of them and after the last (code)
     n_confident:int=8 # images per class in the first means (code)
