@@ -15,6 +15,7 @@ _HOME = {
     "BlackBoxVLM": "blackbox", "Pictures": "blackbox", "BudgetExhausted": "blackbox", "RemoteBox": "server", "CraFT": "craft", "BBT": "craft", "craft_settings": "craft", "CoOp": "fewshot",
     "TipAdapter": "fewshot", "TipAdapterF": "fewshot", "LinearProbe": "fewshot", "tip_adapter_settings": "fewshot",
     "UPL": "pseudolabels", "FPL": "pseudolabels", "IFPL": "pseudolabels", "GRIP": "pseudolabels", "CPL": "pseudolabels", "cpl_settings": "pseudolabels",
+    "FixMatch": "consistency", "FixMatchDA": "consistency", "LaFTer": "consistency", "TransCLIP": "transductive",
     "ZeroShot": "rivals", "ZeroShotEnsemble": "rivals", "TopK": "rivals", "Supervised": "rivals",
     "Parameters": "experiment", "run_experiment": "experiment", "run_variants": "experiment", "variants_table": "experiment", "published_table": "results",
 }
