@@ -6,8 +6,8 @@
 __all__ = ['OPERATIONS', 'STRONG_VIEWS', 'MEANS', 'LABELLERS', 'PRIORS', 'TEXTS', 'LEARNER_VIEWS', 'DECAYS', 'TEXT_STEPS',
            'NORMS', 'cover', 'StrongView', 'strong_view', 'FixMatchSettings', 'masked_loss', 'align', 'SelfTraining',
            'self_training_messages', 'largest_share', 'FixMatch', 'FixMatchDASettings', 'FixMatchDA', 'class_sentences',
-           'TextRows', 'NoiseView', 'TextClassifier', 'SteadySchedule', 'LaFTerSettings', 'Blurred', 'learner_view',
-           'Learner', 'text_classifier', 'LaFTer']
+           'NoiseView', 'TextClassifier', 'SteadySchedule', 'LaFTerSettings', 'Blurred', 'learner_view', 'Learner',
+           'text_classifier', 'LaFTer']
 
 # %% ../nbs/08f_consistency.ipynb #2c99e8e0
 import math
@@ -28,6 +28,7 @@ from .core import check_choice, check_flag, check_number, expect_error, torch_ge
 from .data import Augmentation, Task, load_task
 from .filtering import collapse_warning, shortened
 from .protocol import Fitted, Method, Run, get_method
+from .pseudolabels import FeatureImages
 from .trainer import EncoderWithHead, Schedule, predict, train
 
 # %% ../nbs/08f_consistency.ipynb #2c877465
@@ -313,19 +314,6 @@ def class_sentences(
         for g, filled in zip(groups, zip(*_filled(task.class_names, templates))) if templates else (): g += filled
     return [t for g in groups for t in g], np.repeat(np.arange(len(groups)), [len(g) for g in groups]), "cut" if by_class else "error"
 
-class TextRows:
-    "Embedded sentences in the place of images"
-    def __init__(self,
-        features:torch.Tensor, # [n, d]
-    ):
-        self.features = features.cpu()
-
-    def __len__(self): return len(self.features)
-
-    def batch(self, index, size:int=1, whole:bool=False)->torch.Tensor: # [b, d]
-        "As of `ArrayImages`; there is nothing to resize"
-        return self.features[torch.as_tensor(index, dtype=torch.long)]
-
 @dataclass(frozen=True)
 class NoiseView:
     "Normal noise on every number of an embedded sentence"
@@ -487,7 +475,7 @@ def text_classifier(
     features = torch.cat([clip.token_features(t) for t in tokenize(clip.tokenizer, sentences, long_texts).split(256)])
     classifier = TextClassifier(features.shape[1], len(task.class_names), s.smoothing, run.seed, clip.device)
     schedule, views = s.text_schedule(task.name, len(sentences)), NoiseView(features.shape[1], s.noise)
-    history = train(classifier, TextRows(features), np.arange(len(sentences)), {"label": labels}, schedule, 1, views, run.seed, "lafter text", run.progress, "LaFTer, text classifier", folder=run.folder, content=run.content())
+    history = train(classifier, FeatureImages(features.cpu()), np.arange(len(sentences)), {"label": labels}, schedule, 1, views, run.seed, "lafter text", run.progress, "LaFTer, text classifier", folder=run.folder, content=run.content())
     return classifier, history, len(sentences)
 
 class LaFTer(Method):

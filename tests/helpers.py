@@ -1,7 +1,9 @@
 "What several test files share and is no fixture."
 import inspect
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,3 +35,19 @@ def same_tensors(a, b):
     "Whether two modules hold the same numbers, bit for bit."
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@contextmanager
+def broken_off(monkeypatch, owner, at):
+    "Ctrl-C right behind the `at`-th state that `owner.write` keeps; the block must end by it."
+    kept, write = [], owner.write
+
+    def interrupted(self, *args, **state):
+        write(self, *args, **state)
+        kept.append(1)
+        if len(kept) == at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, "write", interrupted)
+        yield

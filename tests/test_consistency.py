@@ -13,7 +13,7 @@ from coft.contrast import ContrastView, Views
 from coft.core import uniforms
 from coft.data import Augmentation
 from coft.trainer import EncoderWithHead
-from helpers import same_tensors
+from helpers import broken_off, same_tensors
 from PIL import Image, ImageEnhance, ImageOps
 from scipy.ndimage import gaussian_filter1d
 from scipy.stats import norm
@@ -349,18 +349,8 @@ def test_one_seed_gives_one_run_and_labels_do_not_matter(clip, task, relabelled,
 def test_a_run_that_breaks_off_ends_bit_identical(clip, task, tmp_path, monkeypatch, fits, method, at):
     import coft.trainer
     states = sum(len(h) for h in fits[method].trace["histories"].values())
-    calls, write = [], coft.trainer.PhaseState.write
-
-    def interrupted(self, *args):
-        write(self, *args)
-        calls.append(1)
-        if len(calls) == at % states:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(coft.trainer.PhaseState, "write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            method(**QUICK[method]).fit(clip, task, progress=False, folder=tmp_path)
+    with broken_off(monkeypatch, coft.trainer.PhaseState, at % states):
+        method(**QUICK[method]).fit(clip, task, progress=False, folder=tmp_path)
     fitted = method(**QUICK[method]).fit(clip, task, progress=False, folder=tmp_path)
     assert (fitted.predict_all(task.test) == fits[method].predict_all(task.test)).all()
     losses = [[[e["loss"] for e in h] for h in f.trace["histories"].values()] for f in (fitted, fits[method])]

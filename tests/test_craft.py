@@ -6,6 +6,7 @@ from coft.blackbox import BlackBoxVLM, BudgetExhausted, Pictures
 from coft.craft import (BBT, CraFT, CraFTSettings, PromptGenerator, Refiner, craft_settings, fitness, kl, refinement_loss,
                         weight_at)
 from coft.data import batches
+from helpers import broken_off
 
 TINY = dict(shots=4, budget=120, views="task", intrinsic_dim=32, weight_share=2)
 
@@ -283,18 +284,8 @@ def test_the_official_rows():
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_a_run_that_breaks_off_goes_on_to_the_same_numbers(clip, task, tmp_path, monkeypatch, whole, at):
     import coft.craft
-    write, calls = coft.craft._State.write, []
-
-    def interrupted(self, **state):
-        write(self, **state)
-        calls.append(1)
-        if len(calls) == at:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(coft.craft._State, "write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            CraFT(**TINY).fit(clip, task, progress=False, folder=tmp_path)
+    with broken_off(monkeypatch, coft.craft._State, at):
+        CraFT(**TINY).fit(clip, task, progress=False, folder=tmp_path)
     fitted = CraFT(**TINY).fit(clip, task, progress=False, folder=tmp_path)
     assert (fitted.predict_all(task.test) == whole[0].predict_all(task.test)).all()
     assert fitted.trace["history"] == whole[0].trace["history"] and fitted.facts == whole[0].facts

@@ -15,6 +15,7 @@ from coft.core import uniforms
 from coft.data import ArrayImages, Audit
 from coft.fewshot import (POWERS_OF_C, TIP_ROWS, EpsSchedule, FeatureCache, LinearProbe, TipAdapter, TipAdapterF, as_head,
                           cache_keys, fit_logistic, held_out, label_folds, search_C, tip_adapter_settings)
+from helpers import broken_off
 from sklearn.linear_model import LogisticRegression
 
 QUICK_TIP = dict(preset="paper", shots=3, views="task", cache_views=2)
@@ -300,18 +301,8 @@ def test_they_are_better_than_zero_shot_on_the_toy_task(clip, name, margin):
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_run_that_breaks_off_goes_on_to_the_same_numbers(clip, task, tmp_path, monkeypatch, at):
     import coft.trainer
-    calls, write = [], coft.trainer.PhaseState.write
-
-    def interrupted(self, *args):
-        write(self, *args)
-        calls.append(1)
-        if len(calls) == at:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(coft.trainer.PhaseState, "write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            fit("tip-adapter-f", clip, task, folder=tmp_path)
+    with broken_off(monkeypatch, coft.trainer.PhaseState, at):
+        fit("tip-adapter-f", clip, task, folder=tmp_path)
     assert len(torch.load(tmp_path / "tip-adapter-f.pt", weights_only=True)["history"]) == at
     resumed, whole = fit("tip-adapter-f", clip, task, folder=tmp_path), fit("tip-adapter-f", clip, task)
     assert (resumed.predict_all(task.test) == whole.predict_all(task.test)).all()

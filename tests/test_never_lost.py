@@ -12,7 +12,7 @@ from coft.clip import load_clip
 from coft.collaborate import CoFT, CoFTPlus
 from coft.experiment import find_or_run
 from coft.results import Records
-from helpers import QUICK, QUICK_PLUS, ROOT
+from helpers import QUICK, QUICK_PLUS, ROOT, broken_off
 
 KILLS = 20
 # A process of its own, with one thread: it forks children that fit, kills them, and prints what happened.
@@ -124,18 +124,8 @@ def test_numbers_of_numpy_are_plain_ones(clip, task, tmp_path, quick_run):
 @pytest.mark.parametrize("at", [1, 3])
 def test_ctrl_c_leaves_a_state_from_which_the_run_goes_on(clip, task, tmp_path, monkeypatch, at, quick_run):
     import coft.trainer
-    calls, write = [], coft.trainer.PhaseState.write
-
-    def interrupted(self, *args):
-        write(self, *args)
-        calls.append(1)
-        if len(calls) == at:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(coft.trainer.PhaseState, "write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            CoFT(**QUICK).fit(clip, task, progress=False, folder=tmp_path)
+    with broken_off(monkeypatch, coft.trainer.PhaseState, at):
+        CoFT(**QUICK).fit(clip, task, progress=False, folder=tmp_path)
     fitted = CoFT(**QUICK).fit(clip, task, progress=False, folder=tmp_path)
     assert (fitted.predict_all(task.test) == quick_run.fitted.predict_all(task.test)).all()
 

@@ -12,6 +12,7 @@ from coft.protocol import get_method
 from coft.pseudolabels import (CandidatePrompt, FeatureImages, PseudoPrompt, UPLSettings, candidate_loss, candidate_sets,
                                cpl_settings, fill_pools, growing_sizes)
 from coft.rivals import ZeroShot
+from helpers import broken_off
 
 TINY = dict(preset="paper", optimizer="adamw", lr=0.01, weight_decay=0.0, epochs=2, batch_size=8, n_context=4)
 METHODS = {"upl": dict(top_k=4, n_prompts=2, views="task"), "fpl": dict(top_k=4), "ifpl": dict(top_k=4, rounds=2), "grip": dict(steps=3), "cpl": dict(steps=3)}
@@ -288,18 +289,8 @@ def test_frozen_weights_are_unchanged(clip, whole):
 @pytest.mark.parametrize("name, at", [("upl", 3), ("fpl", 1), ("ifpl", 3), ("ifpl", 2), ("grip", 5), ("cpl", 1), ("cpl", 5)])
 def test_a_run_that_breaks_off_goes_on_to_the_same_numbers(clip, task, tmp_path, monkeypatch, whole, name, at):
     import coft.trainer
-    write, calls = coft.trainer.PhaseState.write, []
-
-    def interrupted(self, *args):
-        write(self, *args)
-        calls.append(1)
-        if len(calls) == at:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(coft.trainer.PhaseState, "write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            fit(name, clip, task, folder=tmp_path)
+    with broken_off(monkeypatch, coft.trainer.PhaseState, at):
+        fit(name, clip, task, folder=tmp_path)
     fitted, first = fit(name, clip, task, folder=tmp_path), whole[name]
     assert (fitted.predict_all(task.test) == first.predict_all(task.test)).all()
     assert (fitted.trace["contexts"] == first.trace["contexts"]).all()
@@ -309,11 +300,9 @@ def test_a_run_that_breaks_off_goes_on_to_the_same_numbers(clip, task, tmp_path,
 
 def test_a_round_that_goes_on_with_its_prompt_breaks_off_as_well(clip, task, tmp_path, monkeypatch):
     import coft.trainer
-    unbroken, write, calls = fit("grip", clip, task, restart=False), coft.trainer.PhaseState.write, []
-    with monkeypatch.context() as patch:
-        patch.setattr(coft.trainer.PhaseState, "write", lambda self, *args: (write(self, *args), calls.append(1), (_ for _ in ()).throw(KeyboardInterrupt) if len(calls) == 3 else None))
-        with pytest.raises(KeyboardInterrupt):
-            fit("grip", clip, task, restart=False, folder=tmp_path)
+    unbroken = fit("grip", clip, task, restart=False)
+    with broken_off(monkeypatch, coft.trainer.PhaseState, 3):
+        fit("grip", clip, task, restart=False, folder=tmp_path)
     assert (fit("grip", clip, task, restart=False, folder=tmp_path).predict_all(task.test) == unbroken.predict_all(task.test)).all()
 
 
