@@ -345,6 +345,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'coft.datasets.read_noisy_labels': ('datasets.html#read_noisy_labels', 'coft/datasets.py'),
                                'coft.datasets.read_split': ('datasets.html#read_split', 'coft/datasets.py'),
                                'coft.datasets.read_tables': ('datasets.html#read_tables', 'coft/datasets.py'),
+                               'coft.datasets.table_part': ('datasets.html#table_part', 'coft/datasets.py'),
                                'coft.datasets.table_task': ('datasets.html#table_task', 'coft/datasets.py')},
             'coft.experiment': { 'coft.experiment.Experiment': ('experiment.html#experiment', 'coft/experiment.py'),
                                  'coft.experiment.Experiment.__repr__': ('experiment.html#experiment.__repr__', 'coft/experiment.py'),

@@ -6,8 +6,8 @@
 __all__ = ['INFO', 'DATASETS', 'SECOND_NAMES', 'CIFAR_CROP', 'COOP_GUIDE', 'NOISY_LABELS', 'SMALL_TEMPLATES', 'COOP_TEMPLATES',
            'MISSING', 'READERS', 'DataSet', 'Listing', 'read_split', 'read_aircraft', 'read_class_names',
            'read_imagenet', 'read_imagenet_test', 'cifar_split', 'read_noisy_labels', 'cifar_task', 'Tables',
-           'read_tables', 'held_out_classes', 'only_classes', 'table_task', 'check_templates', 'llm_templates',
-           'llm_request', 'read_descriptions', 'find_root', 'dataset_task']
+           'read_tables', 'held_out_classes', 'only_classes', 'table_part', 'table_task', 'check_templates',
+           'llm_templates', 'llm_request', 'read_descriptions', 'find_root', 'dataset_task']
 
 # %% ../nbs/02b_datasets.ipynb #b69514de
 import json, os
@@ -208,6 +208,13 @@ def only_classes(
     kept = frame[frame.label.isin(labels)]
     return kept.assign(label=np.searchsorted(labels, kept.label))
 
+def table_part(
+    frame:pd.DataFrame, # columns `image` and `label`
+    title:str, # of the table, for the quarantine list
+)->Part:
+    "One split, as `make_small_task` takes it"
+    return Part(frame.image.tolist(), frame.label.tolist(), [f"row {i} of {title}" for i in frame.index])
+
 
 # %% ../nbs/02b_datasets.ipynb #2bf0d005
 def table_task(
@@ -222,8 +229,7 @@ def table_task(
     names = [tables.classes[k]["name"].replace("_", " ") for k in labels]
     train, test = (only_classes(frame, labels) for frame in (tables.train, tables.test)) if info.reader == "held_out" else (tables.train, tables.test)
     if check_counts: _check_counts(name, info, names, train, test)
-    parts = [Part(f.image.tolist(), f.label.tolist(), [f"row {i} of {s}" for i in f.index]) for s, f in (("the training table", train), ("the test table", test))]
-    return make_small_task(name, names, info.size, *parts, **_described(name, info, CIFAR_CROP))
+    return make_small_task(name, names, info.size, table_part(train, "the training table"), table_part(test, "the test table"), **_described(name, info, CIFAR_CROP))
 
 
 # %% ../nbs/02b_datasets.ipynb #9fa6b0de

@@ -121,13 +121,14 @@ def _naming(names, before=""): return re.compile(rf"{before}\b(?:{'|'.join(re.es
 
 def without_mention(
     texts, # class name -> sentences
-    own, # class name -> all names of the class
+    own, # class name -> all names of the class, where they may hold a forbidden one
     forbidden, # names that must not occur, not even in plural
 )->dict: # class name -> the other sentences
     "The sentences about each class that name no forbidden class"
     if not forbidden: return dict(texts)
-    found = _naming(forbidden)
-    return {k: tuple(s for s in sentences if not found.search(_naming(own[k]).sub(" ", s))) for k, sentences in texts.items()}
+    found, of_class = _naming(forbidden), {k: _naming(names) for k, names in own.items()}
+    rest = lambda k, s: of_class[k].sub(" ", s) if k in own else s
+    return {k: tuple(s for s in sentences if not found.search(rest(k, s))) for k, sentences in texts.items()}
 
 def blotted(
     texts, # class name -> sentences
