@@ -158,11 +158,11 @@ def sha256_of(
     return digest.hexdigest()
 
 def read_json(
-    path, # of the file
+    path, # of the file, or of one inside an archive (`zipfile.Path`)
     kind:type=dict, # what it must hold
 ): # `kind`
     "The content of a JSON file; `ValueError` with its name where it holds something else"
-    path, called = Path(path), {dict: "an object", list: "a list"}
+    path, called = path if hasattr(path, "read_text") else Path(path), {dict: "an object", list: "a list"}
     try: content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e: raise ValueError(f"{path.name}: this is no JSON ({str(e).splitlines()[0]}). Get the file again; a saved web page is a common cause.") from e
     if not isinstance(content, kind): raise ValueError(f"{path.name}: {' or '.join(called[k] for k in (kind if isinstance(kind, tuple) else (kind,)))} is needed, {type(content).__name__} was found.")

@@ -117,7 +117,7 @@ def augment(
     u = torch.as_tensor(u, dtype=torch.float32)
     free = stored - side
     tx, ty = ((torch.floor(u[:, i] * (free + 1)) * 2 - free) / stored for i in (0, 1))
-    mirror = torch.where(u[:, 2] < 0.5, -1.0, 1.0) if how.flip else torch.ones(n)
+    mirror = torch.where(u[:, 2] < 0.5, -1.0, 1.0) if how.flip else torch.ones(n, device=u.device)
     angle, slant = ((2 * u[:, i] - 1) * bound for i, bound in ((3, how.rotate), (4, how.slant)))
     sx, sy = (1 + (2 * u[:, i] - 1) * how.stretch for i in (5, 6))
     c, s, scale = torch.cos(angle), torch.sin(angle), side / stored

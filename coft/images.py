@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STRIP', 'PASSING', 'REMEMBER_FROM', 'SUFFIXES', 'to_8_bit', 'to_rgb', 'read_image', 'clip_view', 'inspect',
-           'inspect_all', 'FileImages', 'readable', 'label_indices', 'Part', 'make_task', 'image_files',
-           'task_from_folder', 'read_table', 'task_from_table', 'task_from_arrays', 'task_from_dataset']
+           'inspect_all', 'FileImages', 'readable', 'label_indices', 'Part', 'make_task', 'decode_all',
+           'make_small_task', 'image_files', 'task_from_folder', 'read_table', 'task_from_table', 'task_from_arrays',
+           'task_from_dataset']
 
 # %% ../nbs/02a_images.ipynb #b26ff0af
 import errno, hashlib, io, os, sqlite3, sys
@@ -278,6 +279,42 @@ def make_task(
 def _plain_list(values): return values.tolist() if isinstance(values, (pd.Series, pd.Index)) else values
 
 def _audit(train, test): return None if train is None and test is None else Audit(train, test)
+
+# %% ../nbs/02a_images.ipynb #2af0d002
+def _view_or_problem(source, size):
+    try: return clip_view(source, size), ""
+    except MemoryError: raise
+    except Exception as e: return None, inspect(source)[1] or f"cannot be decoded ({type(e).__name__}: {e})"
+
+def decode_all(
+    sources, # a sequence of what `read_image` reads
+    size:int, # height and width in pixels
+)->tuple: # (uint8 [n, size, size, 3], (checksum, problem) of each as from `inspect_all`)
+    "All images as CLIP sees them at this size, several at a time; black where one cannot be read"
+    pixels, problems = np.zeros((len(sources), size, size, 3), np.uint8), []
+    with tqdm(total=len(sources), desc="decoding images", unit="image", disable=len(sources) < 4096, file=sys.stderr, mininterval=1) as bar:
+        for start in range(0, len(sources), 256):
+            rows = range(start, min(start + 256, len(sources)))
+            for i, (view, problem) in zip(rows, _pool().map(lambda source: _view_or_problem(source, size), [_fetch(sources, i) for i in rows])):
+                problems.append(problem)
+                if not problem: pixels[i] = view
+            bar.update(len(rows))
+    return pixels, [("", problem) for problem in problems]
+
+def make_small_task(
+    name:str, # of the task
+    class_names, # C names
+    size:int, # side of the images in pixels
+    train:Part, # the images to adapt to
+    test:Part=Part(), # the images to evaluate on
+    **described, # as for `make_task`
+)->Task:
+    "As `make_task`, with the images of each split decoded into one array at this size"
+    decoded = [decode_all(p.sources, size) for p in (train, test)]
+    task = make_task(name, class_names, *(replace(p, found=found) for p, (_, found) in zip((train, test), decoded)), **described)
+    arrays = [pixels if len(images) == len(pixels) else pixels[images.rows] for (pixels, _), images in zip(decoded, (task.unlabelled, task.test))]
+    return replace(task, unlabelled=ArrayImages(arrays[0]), test=ArrayImages(arrays[1]))
+
 
 # %% ../nbs/02a_images.ipynb #f70b4dcd
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif"}

@@ -14,14 +14,14 @@ import torchvision
 from coft import load_task, register_task
 from coft.data import TASKS, ArrayImages, Augmentation, batches
 from coft.datasets import (CIFAR_CROP, DATASETS, INFO, SECOND_NAMES, Listing, check_templates, llm_request, llm_templates, read_class_names,
-                           read_descriptions, read_noisy_labels, read_split)
+                           held_out_classes, read_descriptions, read_noisy_labels, read_split)
 from coft.images import task_from_table
 from coft.results import published_table
 from helpers import ROOT
 from PIL import Image
 
 REAL = Path(os.environ.get("COFT_TEST_DATA", ROOT.parent / "shared/data"))
-SPLIT_SETS = [name for name, info in DATASETS.items() if info.reader == "split"]
+SPLIT_SETS = [name for name, info in DATASETS.items() if info.reader == "split" and not info.size]
 CIFAR_SETS = [name for name, info in DATASETS.items() if info.reader == "cifar"]
 TEST_ONLY = [name for name, info in DATASETS.items() if info.reader == "imagenet_test"]
 WNIDS = {"n01440764": "tench", "n03773504": "missile", "n04008634": "missile", "n04355933": "sunglasses", "n04356056": "sunglasses"}
@@ -129,7 +129,21 @@ def cifar_miniature(name, root):
     return [n.replace("_", " ") for n in names], clean, labels[test[0]]
 
 
-MAKERS = {"split": split_miniature, "aircraft": aircraft_miniature, "imagenet": imagenet_miniature, "imagenet_test": imagenet_test_miniature, "cifar": cifar_miniature}
+def held_out_miniature(name, root):
+    "Five classes as tables; the two that pre-training does not see are the task."
+    folder, held_out = root / DATASETS[name].folder, held_out_classes(5)
+    folder.mkdir(parents=True)
+    (folder / "classes.json").write_text(json.dumps([{"name": f"Class_of {k}"} for k in range(5)]))
+    for split in ("train", "val"):
+        for k in range(5):
+            picture(folder / "made" / f"{k}.jpg", 40 * held_out.tolist().index(k) if k in held_out else 250)
+        order = [3, 4, 0, 1, 2, 4]
+        pd.DataFrame({"image": [(folder / f"made/{k}.jpg").read_bytes() for k in order], "label": order}).to_parquet(folder / f"{split}.parquet")
+    labels = [held_out.tolist().index(k) for k in order if k in held_out]
+    return [f"Class of {k}" for k in held_out], labels, labels
+
+
+MAKERS = {"held_out": held_out_miniature, "split": split_miniature, "aircraft": aircraft_miniature, "imagenet": imagenet_miniature, "imagenet_test": imagenet_test_miniature, "cifar": cifar_miniature}
 
 
 def miniature(name, root):
@@ -145,8 +159,8 @@ def test_a_miniature_is_loaded_by_the_public_call(name, tmp_path):
     assert (len(task.unlabelled), len(task.test)) == (len(train), len(test)) and task.audit.test.tolist() == test
     assert (task.audit.train is None) if name in TEST_ONLY else task.audit.train.tolist() == train
     assert task.unlabelled.batch(range(len(train)), 32).shape == (len(train), 3, 32, 32)
-    assert task.templates[-1] == task.template and len(task.templates) == 8 and all(t.count("{}") == 1 for t in task.templates)
-    assert task.augmentation == (CIFAR_CROP if name in CIFAR_SETS else Augmentation())
+    assert task.template in task.templates and len(task.templates) == (18 if DATASETS[name].size else 8) and all(t.count("{}") == 1 for t in task.templates)
+    assert task.augmentation == (CIFAR_CROP if name in CIFAR_SETS or DATASETS[name].size else Augmentation())
     if name not in CIFAR_SETS:
         shown = (task.test.batch(range(len(test)), 16)[:, 0, 8, 8] / 40).round().int().tolist()
         assert shown == (test if len(names) != 3 or name not in TEST_ONLY else [0, 2, 4]), "an image does not belong to its label"
