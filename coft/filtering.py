@@ -33,7 +33,7 @@ def select_topk(
     P = np.asarray(P)
     N, C = P.shape
     check_number("top_k", top_k, low=1, integer=True)
-    if fill_short and C * top_k > N: raise ValueError(f"top_k: {top_k} images for each of {C} classes are {C * top_k}, but there are only {N} unlabelled images. Use a top_k of at most {N // C}, or fill_short=False.")
+    if fill_short and C * top_k > N: raise ValueError(f"top_k: {top_k} images for each of {C} classes are {C * top_k}, but there are only {N} unlabelled images. {f'Use a top_k of at most {N // C}' if N >= C else 'Give at least one image per class'}, or fill_short=False.")
     label, confidence = P.argmax(1), P.max(1)
     chosen = {k: rows[np.argsort(-confidence[rows], kind="stable")[:top_k]] for k in range(C) for rows in [np.flatnonzero(label == k)]}
     if fill_short:
