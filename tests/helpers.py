@@ -1,5 +1,6 @@
 "What several test files share and is no fixture."
 import inspect
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+REAL = Path(os.environ.get("COFT_TEST_DATA", ROOT.parent / "shared/data"))
 # CoFT on the small task in about a second, whatever the presets hold
 QUICK = dict(preset="paper", top_k=4, n_context=4, n_visual=4, phase1_optimizer="adamw", phase1_lr=1e-3, phase1_epochs=2,
              phase1_batch_size=8, phase2_optimizer="adamw", phase2_lr=1e-4, phase2_epochs=1, phase2_batch_size=16)
@@ -51,3 +53,18 @@ def broken_off(monkeypatch, owner, at):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(owner, "write", interrupted)
         yield
+
+
+def real(*parts):
+    "A file of the real data, or a skipped test."
+    path = REAL.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"real data: {'/'.join(parts)} is not there (set COFT_TEST_DATA)")
+    return path
+
+
+def message_of(function, *args, kind=ValueError, **kwargs):
+    "The message of the error that this call must raise."
+    with pytest.raises(kind) as error:
+        function(*args, **kwargs)
+    return str(error.value)

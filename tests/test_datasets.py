@@ -17,10 +17,9 @@ from coft.datasets import (CIFAR_CROP, DATASETS, INFO, SECOND_NAMES, Listing, ch
                            held_out_classes, read_descriptions, read_noisy_labels, read_split)
 from coft.images import task_from_table
 from coft.results import published_table
-from helpers import ROOT
+from helpers import message_of, real
 from PIL import Image
 
-REAL = Path(os.environ.get("COFT_TEST_DATA", ROOT.parent / "shared/data"))
 SPLIT_SETS = [name for name, info in DATASETS.items() if info.reader == "split" and not info.size]
 CIFAR_SETS = [name for name, info in DATASETS.items() if info.reader == "cifar"]
 TEST_ONLY = [name for name, info in DATASETS.items() if info.reader == "imagenet_test"]
@@ -32,21 +31,6 @@ def own_folders(tmp_path, monkeypatch):
     "No data root of the user's, and nothing remembered outside the test."
     monkeypatch.delenv("DATA_ROOT", raising=False)
     monkeypatch.setenv("COFT_CACHE", str(tmp_path / "cache"))
-
-
-def real(*parts):
-    "A file of the real data, or a skipped test."
-    path = REAL.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"real data: {'/'.join(parts)} is not there (set COFT_TEST_DATA)")
-    return path
-
-
-def message_of(function, *args, kind=ValueError, **kwargs):
-    "The message of the error that this call must raise."
-    with pytest.raises(kind) as error:
-        function(*args, **kwargs)
-    return str(error.value)
 
 
 # ---- miniatures

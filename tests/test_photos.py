@@ -1,7 +1,6 @@
 "Small photographs: an open vocabulary, the model `photos`, what pre-training takes, tasks from tables; and the whole page on made-up data."
 import io
 import json
-import os
 import zipfile
 from pathlib import Path
 
@@ -20,13 +19,12 @@ from coft.data import ArrayImages, Augmentation
 from coft.datasets import CIFAR_CROP, DATASETS, SMALL_TEMPLATES, held_out_classes, only_classes, read_descriptions, read_tables
 from coft.pretrain import Captions, ImageTraining, KeepPatches, blotted, caption_features, contrastive_loss, save_half, spread, without_mention, zero_shot_accuracy
 from coft.trainer import Schedule, train
-from helpers import ROOT, same_tensors
+from helpers import REAL, ROOT, message_of, real, same_tensors
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 CLIPS = SimpleTokenizer()
-REAL = Path(os.environ.get("COFT_TEST_DATA", ROOT.parent / "shared/data"))
 
 
 @pytest.fixture(autouse=True)
@@ -34,21 +32,6 @@ def own_folders(tmp_path, monkeypatch):
     "No data root of the user's, and nothing remembered outside the test."
     monkeypatch.delenv("DATA_ROOT", raising=False)
     monkeypatch.setenv("COFT_CACHE", str(tmp_path / "cache"))
-
-
-def real(*parts):
-    "A file of the real data, or a skipped test."
-    path = REAL.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"real data: {'/'.join(parts)} is not there (set COFT_TEST_DATA)")
-    return path
-
-
-def message_of(function, *args, kind=ValueError, **kwargs):
-    "The message of the error that this call must raise."
-    with pytest.raises(kind) as error:
-        function(*args, **kwargs)
-    return str(error.value)
 
 
 # ---- the open vocabulary

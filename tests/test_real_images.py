@@ -1,6 +1,5 @@
 "From `load_clip` to `CoFTPlus` on photographs: Caltech101 in CoOp's layout, ViT-B/32 with random weights, a few steps. The numbers mean nothing, the mechanics do."
 import json
-import os
 import zipfile
 from pathlib import Path
 
@@ -10,9 +9,8 @@ import pytest
 from coft import CoFTPlus, load_task
 from coft.clip import weights_digest
 from coft.results import measured
-from helpers import ROOT
+from helpers import REAL
 
-DATA = Path(os.environ.get("COFT_TEST_DATA", ROOT / "../shared/data"))
 N_CLASSES, PER_CLASS = 4, 3
 FEW_STEPS = dict(top_k=2, rounds=2, phase1_epochs=1, phase1_batch_size=4, phase2_epochs=1, phase2_batch_size=6)
 
@@ -20,18 +18,18 @@ FEW_STEPS = dict(top_k=2, rounds=2, phase1_epochs=1, phase1_batch_size=4, phase2
 @pytest.fixture(scope="module")
 def caltech(tmp_path_factory):
     "Four classes of Caltech101, three training images and one test image each, written out in CoOp's layout."
-    if not (DATA / "caltech101/train.parquet").is_file():
-        pytest.skip(f"the images of Caltech101 are not in {DATA}; COFT_TEST_DATA names the folder of the test data")
+    if not (REAL / "caltech101/train.parquet").is_file():
+        pytest.skip(f"the images of Caltech101 are not in {REAL}; COFT_TEST_DATA names the folder of the test data")
     root = tmp_path_factory.mktemp("data")
     folder = root / "caltech-101"
-    with zipfile.ZipFile(DATA / "text/coop_split_zhou.zip") as archive:
+    with zipfile.ZipFile(REAL / "text/coop_split_zhou.zip") as archive:
         name = next(n for n in archive.namelist() if n.endswith("split_zhou_Caltech101.json"))
         whole = json.loads(archive.read(name))
     split = {"val": []}
     for part, n in (("train", PER_CLASS), ("test", 1)):
         listed = [row for row in whole[part] if row[1] < N_CLASSES]
         split[part] = [row for k in range(N_CLASSES) for row in [r for r in listed if r[1] == k][:n]]
-        images = pd.read_parquet(DATA / f"caltech101/{part}.parquet", columns=["path", "image"])
+        images = pd.read_parquet(REAL / f"caltech101/{part}.parquet", columns=["path", "image"])
         content = {"/".join(Path(p).parts[-2:]): b for p, b in zip(images.path, images.image)}
         for path, _, _ in split[part]:
             target = folder / "101_ObjectCategories" / path
