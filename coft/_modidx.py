@@ -199,6 +199,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'coft.collaborate.phase1': ('collaborate.html#phase1', 'coft/collaborate.py'),
                                   'coft.collaborate.phase1_folder': ('collaborate.html#phase1_folder', 'coft/collaborate.py'),
                                   'coft.collaborate.phase2': ('collaborate.html#phase2', 'coft/collaborate.py'),
+                                  'coft.collaborate.task_head': ('collaborate.html#task_head', 'coft/collaborate.py'),
                                   'coft.collaborate.templates_of': ('collaborate.html#templates_of', 'coft/collaborate.py')},
             'coft.consistency': { 'coft.consistency.Blurred': ('consistency.html#blurred', 'coft/consistency.py'),
                                   'coft.consistency.Blurred.__call__': ('consistency.html#blurred.__call__', 'coft/consistency.py'),

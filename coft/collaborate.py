@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JUDGES', 'TEMPLATE_SETS', 'SINGLE_TEMPLATE', 'AFTER_PHASE1', 'PEER_SEED', 'ROUND_SEED', 'RANKINGS', 'CONTRAST_VIEWS',
-           'LABEL_VIEWS', 'CoFTSettings', 'templates_of', 'first_labels', 'PromptedModel', 'phase1_folder', 'phase1',
-           'cross_validate', 'phase2', 'CoFT', 'CoFTPhase1', 'CoFTPlusSettings', 'contrast_views', 'CoFTPlus',
+           'LABEL_VIEWS', 'CoFTSettings', 'templates_of', 'task_head', 'first_labels', 'PromptedModel', 'phase1_folder',
+           'phase1', 'cross_validate', 'phase2', 'CoFT', 'CoFTPhase1', 'CoFTPlusSettings', 'contrast_views', 'CoFTPlus',
            'CoFTPlusPhase1', 'CoFTSemiSettings', 'CoFTPlusSemiSettings', 'CoFTSemi', 'CoFTSemiPhase1', 'CoFTPlusSemi',
            'CoFTPlusSemiPhase1']
 
@@ -96,14 +96,22 @@ def templates_of(
         raise ValueError(f"template_set: 'llm' was given, but the task {task.name!r} has no templates by a language model. Give Task(llm_templates=[...]), or use one of 'single', 'coop', 'ensemble'.")
     return {"single": SINGLE_TEMPLATE, "coop": task.template, "ensemble": task.templates, "llm": task.llm_templates}[template_set]
 
+def task_head(
+    clip:FrozenCLIP, # the model
+    task:Task, # class names and templates
+    template_set:str="coop", # one of `TEMPLATE_SETS`
+)->torch.Tensor: # [C, d] unit length
+    "Zero-shot head of a task; descriptions by class that are too long are cut with a warning"
+    templates = templates_of(task, template_set)
+    return zero_shot_head(clip, task.class_names, templates, "cut" if isinstance(templates, Mapping) else "error")
+
 def first_labels(
     clip:FrozenCLIP, # the model
     task:Task, # images and class names
     template_set:str="coop", # one of `TEMPLATE_SETS`
 ): # (probabilities [N, C] of the unlabelled images, head [C, d])
     "Zero-shot probabilities of all unlabelled images (Eq. 1)"
-    templates = templates_of(task, template_set)
-    head = zero_shot_head(clip, task.class_names, templates, "cut" if isinstance(templates, Mapping) else "error")
+    head = task_head(clip, task, template_set)
     features = torch.cat([clip.image_features(pixels) for _, pixels in batches(task.unlabelled, range(len(task.unlabelled)), 256, clip.image_size)])
     return softmax_probabilities(features, head, clip.tau), head
 

@@ -10,7 +10,6 @@ __all__ = ['TIP_ROWS', 'POWERS_OF_C', 'CRITERIA', 'coop_epochs', 'CoOpSettings',
 
 # %% ../nbs/08c_fewshot.ipynb #663db218
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .clip import FrozenCLIP, PromptEncoder, load_clip, zero_shot_head
-from .collaborate import TEMPLATE_SETS, templates_of
+from .clip import FrozenCLIP, PromptEncoder, load_clip
+from .collaborate import TEMPLATE_SETS, task_head
 from .contrast import VIEWS, few_shot_views
 from .core import check_choice, check_number, expect_error, generator, torch_generator
 from .data import Task, batches, load_task
@@ -175,8 +174,7 @@ class TipAdapter(Method):
     def _fit(self, run):
         clip, task, s = run.clip, run.task, run.settings
         index, labels = task.labelled(s.shots, run.seed)
-        views, templates = few_shot_views(s.views, task.augmentation, area=0.5), templates_of(task, s.template_set)
-        head = zero_shot_head(clip, task.class_names, templates, "cut" if isinstance(templates, Mapping) else "error")
+        views, head = few_shot_views(s.views, task.augmentation, area=0.5), task_head(clip, task, s.template_set)
         cache = FeatureCache(clip, head, cache_keys(clip, task.unlabelled, index, views, s.cache_views, run.seed), labels, s.beta, s.alpha)
         histories = self._tune(run, cache, index, labels, views)
         answer = torch.no_grad()(cache.logits)

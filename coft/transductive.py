@@ -7,7 +7,6 @@ __all__ = ['PIECE', 'TransCLIPSettings', 'affinity', 'mixture_scores', 'assign',
            'image_set_features', 'TransCLIP']
 
 # %% ../nbs/08g_transductive.ipynb #68702646
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .clip import FrozenCLIP, load_clip, zero_shot_head
-from .collaborate import TEMPLATE_SETS, templates_of
+from .collaborate import TEMPLATE_SETS, task_head
 from .core import check_choice, check_flag, check_number, expect_error
 from .data import SomeImages, batches, load_task
 from .protocol import Fitted, Method, get_method
@@ -142,8 +141,7 @@ class TransCLIP(Method):
 
     def _fit(self, run):
         clip, task, s = run.clip, run.task, run.settings
-        templates = templates_of(task, s.template_set)
-        head = zero_shot_head(clip, task.class_names, templates, "cut" if isinstance(templates, Mapping) else "error").cpu().double()
+        head = task_head(clip, task, s.template_set).cpu().double()
         answer = lambda images: transduce(image_set_features(clip, images), head, clip.tau, s)[0].float().numpy()
         facts = {"transductive": "yes, the images of a call are answered together"}
         message = "TransCLIP is transductive: it adapts to the very images that it is asked about, and the answer for one image depends on the others of the same call. Compare it with methods that also see the test images, and ask about the whole set at once."
