@@ -382,7 +382,7 @@ def _load_photo_model(pretrained, device, mean, std):
     net, tokenizer = build_embedded(f"coft-{PHOTO_MODEL}")
     if pretrained != "random": net = _filled_model(net, PHOTO_MODEL, path, _read_checkpoint(path))
     given = {k: v for k, v in dict(mean=mean, std=std).items() if v is not None}
-    return FrozenCLIP(net.to(device), tokenizer, PHOTO_MODEL, str(path), weights_digest(net), preset="embedded", **EMBEDDED_STATISTICS | given)
+    return FrozenCLIP(net.to(device), tokenizer, PHOTO_MODEL, str(path), weights_digest(net), preset=PHOTO_MODEL, **EMBEDDED_STATISTICS | given)
 
 
 # %% ../nbs/01_clip.ipynb #112879c8

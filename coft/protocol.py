@@ -18,7 +18,7 @@ from .data import Task
 
 # %% ../nbs/06a_protocol.ipynb #55174c76
 PRESETS = Path(__file__).parent/"presets" if "__file__" in globals() else Path("../coft/presets")
-PRESET_NAMES = ("paper", "embedded")
+PRESET_NAMES = ("paper", *sorted(p.stem for p in PRESETS.glob("*.json")))
 
 def preset(
     method:str, # registered name
@@ -101,6 +101,8 @@ class Method:
 
     def settings_for(self, name:str): # `Settings`
         "The settings with the preset `name` unless the method was given another"
+        if not fields(self.Settings): return self.Settings(**self.overrides)
+        if self.preset is None and name not in PRESET_NAMES: raise ValueError(f"preset: the model takes the settings {name!r}, which nobody has chosen yet ({PRESETS.name}/{name}.json is not there). Choose them with the tuning page of the model, or name others: preset={' or '.join(map(repr, PRESET_NAMES))}.")
         return self.Settings(**(preset(self.preset_of or self.name, self.preset or name) | self.overrides))
 
     def fit(self,

@@ -2,6 +2,7 @@
 import io
 import json
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -14,11 +15,13 @@ from coft import load_task
 from coft.clip import MERGES, PHOTO_MODEL, CompactTokenizer, PromptEncoder, build_embedded, load_clip, open_vocabulary, tokenize, weights_digest, zero_shot_head
 from coft.contrast import ContrastView
 from coft.core import generator
-from coft.data import ArrayImages, Augmentation
-from coft.datasets import CIFAR_CROP, DATASETS, SMALL_TEMPLATES, held_out_classes, only_classes, read_descriptions, read_tables
+from coft.data import TASKS, ArrayImages, Augmentation
+from coft.datasets import CIFAR_CROP, DATASETS, SMALL_TEMPLATES, dataset_task, held_out_classes, only_classes, read_descriptions, read_tables
+from coft.experiment import Parameters, obstacles, run_variants
 from coft.pretrain import Captions, ImageTraining, KeepPatches, blotted, caption_features, contrastive_loss, save_half, spread, without_mention, zero_shot_accuracy
+from coft.protocol import get_method
 from coft.trainer import Schedule, train
-from helpers import REAL, ROOT, message_of, real, same_tensors
+from helpers import QUICK, QUICK_PLUS, REAL, ROOT, message_of, real, same_tensors
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -105,12 +108,31 @@ def random_photos():
 
 def test_the_architecture_is_small_and_has_room_for_prompts(random_photos):
     assert sum(p.numel() for p in random_photos.model.parameters()) <= 6e6
-    assert (random_photos.image_size, random_photos.preset, random_photos.name, random_photos.pretrained) == (32, "embedded", "photos", "random")
+    assert (random_photos.image_size, random_photos.preset, random_photos.name, random_photos.pretrained) == (32, "photos", "photos", "random")
     assert random_photos.mean.flatten().tolist() == random_photos.std.flatten().tolist() == [0.5] * 3
     assert len(random_photos.tokenizer.kept) == random_photos.model.vocab_size
     prompts = PromptEncoder(random_photos, ["magnetic compass", "a small armadillo with nine bands of leathery plates around its body"], n_context=16)
     context = torch.randn(1, 16, random_photos.model.transformer.width, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(prompts(context), prompts.plain(context), atol=1e-5)
+
+
+def test_settings_of_another_model_are_not_taken_in_silence(random_photos, task, monkeypatch):
+    monkeypatch.setattr("coft.protocol.PRESET_NAMES", ("paper", "embedded"))
+    for method in ("coft", "coft-phase1", "top-k", "craft"):
+        message = message_of(get_method(method).fit, random_photos, task, progress=False)
+        assert all(part in message for part in ("'photos'", "presets/photos.json", "preset='paper' or 'embedded'")), message
+    assert get_method("zero-shot").settings_for("photos") == get_method("zero-shot").settings_for("paper"), "there is nothing to choose"
+    named = get_method("top-k", preset="embedded")
+    assert named.settings_for("photos") == named.settings_for("embedded") != get_method("top-k").settings_for("paper")
+    assert "preset: 'photos' is not known" in message_of(get_method, "coft", preset="photos")
+
+
+def test_a_preset_is_there_as_soon_as_its_file_is(tmp_path, monkeypatch):
+    (tmp_path / "photos.json").write_text('{"top-k": {"top_k": 5}}')
+    monkeypatch.setattr("coft.protocol.PRESETS", tmp_path)
+    monkeypatch.setattr("coft.protocol.PRESET_NAMES", ("paper", "photos"))
+    assert get_method("top-k").settings_for("photos").top_k == get_method("top-k", preset="photos").settings_for("paper").top_k == 5
+    assert get_method("coft").settings_for("photos") == get_method("coft").settings_for("paper"), "what the file does not name is the paper's"
 
 
 def test_no_weights_of_it_are_in_the_package():
@@ -515,10 +537,35 @@ def test_the_page_makes_weights_that_load(data_root, tmp_path):
     ({"seed": -1}, ValueError, "seed: -1 was given"),
     ({"threads": 0.5}, ValueError, "threads: 0.5 was given"),
     ({"device": "gpu"}, ValueError, "device: 'gpu' is not known"),
+    ({"name_held_out": True}, ValueError, "with text_only=0 nothing is learned from texts alone. Give text_only as well"),
+    ({"name_held_out": 1, "text_only": 2}, ValueError, "name_held_out: 1 was given; true or false is needed"),
 ], ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
 def test_the_page_refuses_before_it_computes(data_root, tmp_path, monkeypatch, wrong, kind, expected):
     message = message_of(check_parameters, monkeypatch, kind=kind, **{"data_root": str(data_root), "out_dir": str(tmp_path / "made")} | wrong)
     assert expected in message and not (tmp_path / "made").exists()
+
+
+def texts_alone(monkeypatch, data_root, tmp_path, **parameters):
+    "Run the page up to its texts without images, and read them back: those of images, those of other things, and the names of these."
+    cells = ["".join(c["source"]) for c in json.loads(PAGE.read_text())["cells"] if c["cell_type"] == "code"]
+    first = next(i for i, c in enumerate(cells) if "parameters_from(" in c)
+    space = check_parameters(monkeypatch, data_root=str(data_root), out_dir=str(tmp_path / "made"), report=[], **parameters)
+    for cell in cells[first + 1:1 + next(i for i, c in enumerate(cells) if "def other_texts" in c)]:
+        exec(cell, space)
+    read = lambda captions: [space["tokenizer"].decode(row[1:row.argmax()].tolist()) for row in captions.tokens]
+    return read(space["captions"]), read(space["other"]), [space["all_names"][k][0] for k in space["held_out"]]
+
+
+def test_kept_out_names_are_read_and_never_seen(data_root, tmp_path, monkeypatch):
+    "With name_held_out their names and what is told of them are among the texts without images, and still in no caption."
+    shown, other, held_out = texts_alone(monkeypatch, data_root, tmp_path, text_only=2)
+    assert held_out and not any(n in text.split() for n in held_out for text in [*shown, *other])
+    again, named, _ = texts_alone(monkeypatch, data_root, tmp_path, text_only=2, name_held_out=True)
+    described = [n for n in held_out if n in THINGS[2:]]
+    assert again == shown and described
+    for n in described:
+        assert f"a photo of a {n} . " in named and f"a photo of a {n} thing . " in named, "all its names"
+    assert any("it is a thing" in text for text in named), "the description does not give the name away"
 
 
 def test_the_data_are_found_by_the_environment(data_root, tmp_path, monkeypatch):
@@ -536,3 +583,91 @@ def test_no_module_but_those_of_clip_and_data_names_the_model():
 
 def test_open_clip_knows_the_configuration_only_under_its_own_prefix(random_photos):
     assert f"coft-{PHOTO_MODEL}" in open_clip.list_models() and PHOTO_MODEL not in open_clip.list_models()
+
+
+# ---- the page of results
+
+def display_page(**given):
+    "Run the page of results in this process; return what it displays, Markdown as text and figures as they are."
+    space, displayed = {}, []
+    for cell in json.loads((ROOT / "nbs/tables/photos.ipynb").read_text())["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        exec("".join(cell["source"]), space)
+        if "parameters" in cell["metadata"].get("tags", []):
+            space.update(given)
+        space["display"] = lambda *objects: displayed.extend(getattr(o, "data", o) for o in objects)
+    return displayed, space
+
+
+QUICK_RUNS = {"top-k": dict(top_k=4, epochs=1), "coft": {k: v for k, v in QUICK.items() if k != "preset"}, "coft+": {k: v for k, v in QUICK_PLUS.items() if k != "preset"}, "craft": dict(budget=40), "coop": dict(epochs=1)}
+
+
+def test_the_page_of_results_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("coft.protocol.PRESET_NAMES", ("paper", "embedded"))
+    displayed, space = display_page(data_root=str(tmp_path), out_dir=str(tmp_path / "out"))
+    table, = displayed
+    assert "| model photos | pretrained: nothing was given for 'photos'" in table and "pretraining_photos.ipynb" in table
+    assert f"| task cifar10 | CIFAR-10: {tmp_path / 'cifar-10-batches-py'} is missing" in table and "| task caltech101-32 |" in table
+    assert "| settings | preset: the model takes the settings 'photos', which nobody has chosen yet" in table
+    assert table.count("\n") == 6 and space["runs"] == [] and not (tmp_path / "out").exists()
+
+
+def test_the_page_of_results_runs(data_root, tmp_path, monkeypatch):
+    "Every method on made-up CIFAR-10 with random weights; the labels beside those of the embedded model, which takes quick settings."
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets/embedded.json").write_text(json.dumps({"coft": QUICK_RUNS["coft"]}))
+    monkeypatch.setattr("coft.protocol.PRESETS", tmp_path / "presets")
+    write_tables(tmp_path / "data/cifar10", KINDS, per_class=12)
+    monkeypatch.setitem(TASKS, "cifar10", lambda data_root: dataset_task("cifar10", data_root, check_counts=False))
+    displayed, space = display_page(tasks="cifar10", pretrained="random", preset="paper", unlabelled=30, seeds=[0, 1], shots=2, settings=QUICK_RUNS, beside="glyphs-toy", data_root=str(tmp_path / "data"), out_dir=str(tmp_path / "out"), device="cpu")
+    texts, figures = [d for d in displayed if isinstance(d, str)], [d for d in displayed if not isinstance(d, str)]
+    assert "30 unlabelled images (at most 30, drawn at random once" in texts[1] and "36 test images, seeds [0, 1]" in texts[1]
+    assert all(f"| cifar10 | {m} |" in texts[2] for m in space["methods"]) and "gain over zero-shot" in texts[2] and "difference from coft" in texts[3]
+    assert len(figures) == 2 + 5, "two of accuracies and five of labels; no pictures of the images"
+    told = space["told"]([r for r in space["runs"] if r["task"] == "cifar10"], space["data"]["cifar10"])
+    coft = [r for r in space["runs"] if (r["task"], r["method"]) == ("cifar10", "coft")]
+    assert told["unlabelled images (number)"] == 30 and told["S* (number)"] == 12
+    assert told["accepted, right"] == pytest.approx(np.mean([r["pseudo_labels"][f"accepted_precision_{g}"] for r in coft for g in "12"]), abs=0.1)
+    assert {(r["task"], r["model"]) for r in space["runs"]} == {("cifar10", "photos"), ("glyphs-toy", "embedded")}
+
+
+def test_obstacles_are_none_where_all_is_there():
+    assert obstacles({"coft": ("coft", {})}, Parameters(tasks="glyphs-toy")).empty
+
+
+# ---- a part of the unlabelled images
+
+def test_a_job_may_keep_some_of_the_unlabelled_images(task, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "toy", lambda: task)
+    p = Parameters(tasks="toy", out_dir=str(tmp_path), device="cpu", progress=False, unlabelled=20)
+    some, again = p.load("toy"), p.load("toy")
+    pixels, whole = some.unlabelled.batch(range(20), 24), task.unlabelled.batch(range(72), 24)
+    places = [int((whole == image).flatten(1).all(1).nonzero()[0]) for image in pixels]
+    assert len(set(places)) == 20 and some.audit.train.tolist() == task.audit.train[places].tolist() and len(some.test) == 40
+    assert some.data_sha256 == again.data_sha256 != task.data_sha256
+    assert replace(p, unlabelled=500).load("toy").data_sha256 == task.data_sha256, "a task with fewer keeps all"
+    record, = run_variants({"zero-shot": ("zero-shot", {})}, p, say=lambda *a, **k: None)
+    assert (record["n_train"], record["n_test"]) == (20, 40)
+
+
+# ---- the page of settings
+
+def test_settings_are_not_chosen_where_names_mean_nothing(tmp_path, monkeypatch):
+    "With random weights zero-shot answers are guesses, and the search says so before it starts."
+    names = [{"name": f"kind {k}"} for k in range(20)]
+    write_tables(tmp_path / "tiny_imagenet32", names, test="val", per_class=2)
+    cells = ["".join(c["source"]) for c in json.loads((ROOT / "nbs/tuning_photos.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+    space = {}
+    for cell in cells[:2]:
+        exec(cell, space)
+    space.update(pretrained="random", data_root=str(tmp_path), out_dir=str(tmp_path / "out"), least=2.5)
+    monkeypatch.setattr(Parameters, "load", lambda p, t: load_task(t, p.data_root, check_counts=False))
+    message = message_of(exec, cells[2], space)
+    assert "guessing in 50.0 %; at least 125.0 % are needed" in message and "name_held_out" in message and not (tmp_path / "out").exists()
+    exec(cells[3], space)
+    for method, search in space["searches"].items():
+        get_method(method, **search.here | {k: v[0] for k, v in search.grid.items()})
+        for change in search.changes:
+            get_method(method, **change)
+    assert len({len(s.changes) for s in space["searches"].values()}) == 1
