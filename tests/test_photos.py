@@ -636,6 +636,12 @@ def test_obstacles_are_none_where_all_is_there():
     assert obstacles({"coft": ("coft", {})}, Parameters(tasks="glyphs-toy")).empty
 
 
+def test_a_checkpoint_of_another_model_is_an_obstacle():
+    path = str(ROOT / "coft/embedded/coft-embedded.safetensors")
+    found = obstacles({"zero-shot": ("zero-shot", {})}, Parameters(model=PHOTO_MODEL, pretrained=path, tasks="glyphs-toy"))
+    assert found.what.tolist() == ["model photos"] and "does not fit 'photos'" in found.why[0] and path in found.why[0]
+
+
 # ---- a part of the unlabelled images
 
 def test_a_job_may_keep_some_of_the_unlabelled_images(task, tmp_path, monkeypatch):
