@@ -98,7 +98,8 @@ def tune(
     best = finalists(log, n_finalists)
     log = pd.concat([log, _run_all(searches, space, best, range(1, 1 + final_seeds), p, workers)], ignore_index=True)
     scores = means(log, best)
-    return Found(log, scores, {m: searches[m].always | space[m][t] for m, t in winners(scores).items()})
+    won = winners(scores)
+    return Found(log, scores, {m: searches[m].always | space[m][won[m]] for m in searches})
 
 # %% ../nbs/12a_search.ipynb #12a00019
 def _run_all(searches, space, trials, seeds, p, workers):
