@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_METHODS', 'TABLES', 'DEVICES', 'PICTURES', 'Parameters', 'parameters_from', 'project_root', 'Experiment',
-           'run_method', 'find_or_run', 'run_experiment', 'obstacles', 'run_variant', 'run_variants', 'variants_table',
-           'comparison', 'cost_alone', 'run_page', 'packed_runs', 'label_pictures', 'draw_figures']
+           'run_method', 'run_keys', 'find_or_run', 'run_experiment', 'obstacles', 'run_variant', 'run_variants',
+           'variants_table', 'comparison', 'cost_alone', 'run_page', 'run_pages', 'packed_runs', 'label_pictures',
+           'draw_figures']
 
 # %% ../nbs/12_experiment.ipynb #715a21f5
 import json, os, shutil, sys
@@ -29,7 +30,7 @@ from .results import REVISION, SCHEMA, Records, accuracy_table, git_state, insta
 
 # %% ../nbs/12_experiment.ipynb #da118a47
 DEFAULT_METHODS = ["zero-shot", "zero-shot-ensemble", "top-k", "coft", "supervised"]
-TABLES = ["coft-1", "ablations-coft", "craft-1", "craft-shift", "craft-cost", "ablations-craft", "photos"]
+TABLES = ["overview", "coft-1", "coft-4", "coft-5", "ablations-coft", "craft-1", "craft-shift", "craft-cost", "ablations-craft", "photos"]
 DEVICES = ("auto", "cpu", "cuda")
 
 # %% ../nbs/12_experiment.ipynb #39f17d81
@@ -37,7 +38,7 @@ DEVICES = ("auto", "cpu", "cuda")
 class Parameters:
     "What to run; every value is checked on creation"
     profile:str="embedded" # "embedded" (no download) or "paper" (settings and weights of the papers)
-    tables:list="coft-1" # pages to make: a name, a list, or "all"
+    tables:list="overview" # what to make: "overview", which is the main job's own, pages by name, a list, or "all"
     tasks:list=None # registered tasks, a name or a list; None leaves it to the profile
     methods:list=None # registered methods, a name, a list, or "all"; None for `DEFAULT_METHODS`
     model:str=None # as in `load_clip`; None leaves it to the profile
@@ -220,6 +221,17 @@ def run_method(
     return added
 
 # %% ../nbs/12_experiment.ipynb #5bc13ebc
+def run_keys(
+    method, # from `get_method`
+    clip, # `FrozenCLIP`
+    task, # `Task`
+    seed:int, # of the run
+    elsewhere=(), # as in `run_method`
+)->list: # of the earlier stages, the method itself, and other test images
+    "Names of the records that a run leaves"
+    settings = asdict(method.settings_for(clip.preset))
+    return [_key(n, settings, clip, task, seed) for n in (*method.stages, method.name)] + [_key(method.name, settings, clip, task, seed, t) for t in elsewhere]
+
 def find_or_run(
     name:str, # registered method
     overrides:dict, # single settings
@@ -233,8 +245,7 @@ def find_or_run(
 ): # (records, whether they were found)
     "The finished run with this content, or a new one"
     method = get_method(name, **overrides)
-    settings = asdict(method.settings_for(clip.preset))
-    keys = [_key(n, settings, clip, task, seed) for n in (*method.stages, name)] + [_key(name, settings, clip, task, seed, t) for t in elsewhere]
+    keys = run_keys(method, clip, task, seed, elsewhere)
     with records.locked(keys[len(method.stages)]):
         found = [records.find(k) for k in keys]
         if all(found): return found, True
@@ -399,6 +410,20 @@ def run_page(
     known = papermill.inspect_notebook(str(source))
     papermill.execute_notebook(str(source), str(target), {k: v for k, v in given.items() if k in known and v is not None}, kernel_name="python3", progress_bar=False, cwd=os.getcwd())
     return target
+
+def run_pages(
+    names, # of pages in `tables/`
+    given:dict, # as in `run_page`
+    out_dir, # likewise
+)->list: # names of the files made
+    "Run pages one after the other; `RuntimeError` names those that failed when all others are made"
+    from papermill import PapermillExecutionError
+    made, failed = [], {}
+    for name in names:
+        try: made.append(run_page(name, given, out_dir).name)
+        except PapermillExecutionError as e: failed[name] = f"{e.ename}: {e.evalue}"
+    if failed: raise RuntimeError(f"tables: {len(failed)} of {len(names)} pages failed: {'; '.join(f'{n} ({why})' for n, why in failed.items())}. Made: {', '.join(made) or 'none'}.")
+    return made
 
 def packed_runs(
     name:str, # of a page in `tables/`

@@ -6,12 +6,13 @@
 __all__ = ['TRACE_KEYS', 'BLUE', 'ORANGE', 'LINES', 'BARS', 'OTHER', 'RunView', 'class_quality', 'plot_class_quality',
            'judged_labels', 'in_bins', 'plot_clean_histogram', 'plot_selection_by_confidence', 'Reliability',
            'reliability', 'plot_reliability', 'confusion_percent', 'plot_confusion', 'image_groups', 'evenly_spaced',
-           'plot_images', 'plot_accuracies', 'accuracy_summary', 'plot_curves', 'save_figure']
+           'plot_images', 'plot_accuracies', 'accuracy_summary', 'plot_curves', 'plot_time', 'save_figure']
 
 # %% ../nbs/11_plots.ipynb #37a619cd
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -389,9 +390,10 @@ def plot_curves(
     curves:dict, # method -> accuracies in percent [seeds, k]
     label:str, # of the horizontal axis
     title:str="", # above the picture
-    level:tuple|None=None, # (name, accuracy) of a horizontal line
+    levels:dict|None=None, # name -> accuracy of a horizontal line
+    quantity:str="test accuracy (%)", # label of the vertical axis
 ): # matplotlib Figure
-    "Mean accuracy of each method over `values`, with its spread over seeds"
+    "Mean accuracy of each method over `values`, with its spread over seeds; NaN leaves a gap"
     figure = _figure(6, 3.4)
     axis, places = figure.subplots(), np.arange(len(values))
     for i, (name, accuracies) in enumerate(curves.items()):
@@ -399,14 +401,38 @@ def plot_curves(
         if accuracies.ndim != 2 or accuracies.shape[1] != len(values): raise ValueError(f"curves: {name!r} has accuracies of shape {list(accuracies.shape)}; [seeds, {len(values)}] is needed.")
         spread = accuracies.std(0, ddof=1) if len(accuracies) > 1 else None
         axis.errorbar(places + 0.06 * (i - (len(curves) - 1) / 2), accuracies.mean(0), spread, marker="osD^v"[i % 5], linestyle=("-", "--", ":", "-.")[i % 4], markersize=5, capsize=3, color=sns.color_palette("colorblind")[i % 10], label=name)
-    if level is not None: axis.axhline(level[1], color="black", linestyle="--", linewidth=1, label=level[0])
+    for (name, accuracy), style in zip((levels or {}).items(), cycle(("--", "-", ":", "-."))): axis.axhline(accuracy, color="black", linestyle=style, linewidth=1, label=name)
     axis.set_xticks(places, [f"{v:g}" for v in values])
-    axis.set(xlabel=label, ylabel="test accuracy (%)")
+    axis.set(xlabel=label, ylabel=quantity)
     axis.set_title(title, fontsize=11, loc="left")
     axis.grid(axis="y", alpha=0.4)
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     sns.despine(figure)
     return figure
+
+# %% ../nbs/11_plots.ipynb #7ab1e202
+def plot_time(
+    accuracies:dict, # method -> accuracies in percent [seeds]
+    seconds:dict, # method -> seconds of a run [seeds]; a method without any is left out
+    title:str="", # above the picture
+    highlight=("coft", "coft+"), # methods in blue
+): # matplotlib Figure
+    "Mean accuracy of each method against the mean time of a run"
+    figure = _figure(6.5, 4)
+    axis = figure.subplots()
+    for name in accuracies:
+        taken = np.ravel(seconds.get(name, ())).astype(float)
+        if not len(taken) or np.isnan(taken).all(): continue
+        x, y = max(np.nanmean(taken), 0.1), np.mean(accuracies[name])
+        axis.plot(x, y, "o", markersize=6, markeredgecolor="black", color=BLUE if name in highlight else "0.8")
+        axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, fontweight="bold" if name in highlight else "normal")
+    axis.set(xscale="log", xlabel="time of a run (s, log scale)", ylabel="test accuracy (%)", axisbelow=True)
+    axis.set_title(title, fontsize=11, loc="left")
+    axis.margins(x=0.15, y=0.1)
+    axis.grid(alpha=0.4)
+    sns.despine(figure)
+    return figure
+
 
 # %% ../nbs/11_plots.ipynb #545fa8ec
 def save_figure(
