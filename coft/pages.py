@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from .clip import load_clip
-from .data import load_task, sample_task
+from .craft import craft_settings
+from .data import sample_task
 from .datasets import DATASETS
 from .experiment import Parameters, _device, project_root, run_keys, run_variants, variants_table
 from .fewshot import coop_epochs, tip_adapter_settings
@@ -41,7 +42,7 @@ def what_can_run(
         except (OSError, ValueError) as e: rows.append((what, *_why_and_what_to_do(str(e))))
     clip = attempt(f"model {p.model}", lambda: load_clip(p.model, p.pretrained, _device(p.device)))
     if clip: kept = [m for m in kept if attempt(m, lambda: get_method(m).settings_for(clip.preset))]
-    tasks = [t for t in p.tasks if attempt(f"task {t}", lambda: _with_test_labels(load_task(t, p.data_root)))]
+    tasks = [t for t in p.tasks if attempt(f"task {t}", lambda: _with_test_labels(p.load(t)))]
     ready = replace(p, tasks=tasks, seeds={t: p.seeds_of(t) for t in tasks} if isinstance(p.seeds, dict) else p.seeds) if clip and kept and tasks else None
     return kept, ready, pd.DataFrame(rows, columns=["not run", "why", "what to do"])
 
@@ -67,6 +68,7 @@ def official_settings(
 )->dict: # setting -> value
     "What a method's official scripts set for a data set and a number of shots, beside its defaults"
     if method == "cpl": return cpl_settings(task)
+    if method in ("bbt", "craft"): return craft_settings(task, shots)
     if method.startswith("tip-adapter"): return tip_adapter_settings(method, task, shots)
     few = {} if shots is None else dict(shots=shots)
     return few | (dict(epochs=coop_epochs(shots, get_method(method).settings_for(profile).epochs)) if method == "coop" else {})
@@ -112,7 +114,7 @@ def estimate(
     "Hours and memory of the runs that are not finished"
     clip, records, rows = load_clip(p.model, p.pretrained, _device(p.device)), Records(project_root()/p.out_dir), []
     for t in p.tasks:
-        task = load_task(t, p.data_root)
+        task = p.load(t)
         for label, (name, settings) in variants_of(t).items():
             method = get_method(name, **settings)
             left = [s for s in p.seeds_of(t) if not all(map(records.find, run_keys(method, clip, task, s)))]
@@ -137,7 +139,7 @@ def protocol_markdown(
     name = load_clip(p.model, p.pretrained).preset
     lines = ["| task | template | class names | unlabelled | test |", "|---|---|---|---|---|"]
     for t in p.tasks:
-        task = load_task(t, p.data_root)
+        task = p.load(t)
         lines.append(f"| {t} | {task.template} | {len(task.class_names)}: {', '.join(task.class_names[:3])}, ... | {len(task.unlabelled)} | {len(task.test)} |")
     used = {label: (m, asdict(get_method(m, **s).settings_for(name))) for label, (m, s) in variants_of(p.tasks[0]).items()}
     K = ", ".join(f"{label} {s['top_k']}" for label, (_, s) in used.items() if "top_k" in s)
@@ -161,8 +163,9 @@ def beside_published(
         info, backbone = DATASETS.get(r["task"]), backbones.get((r["model"], r["pretrained"]))
         if info is None or backbone is None or not _as_in_the_paper(r) or (r["n_train"], r["n_test"]) != (info.train, info.test): continue
         method, _, shots = r["method"].partition(", ")
-        row, column = next((row for row in (info.title, f"{backbone}, {info.title}") if row in published.index), None), f"{PAPERS_NAMES.get(method, method)} {shots}".strip()
-        if row is not None and column in published.columns: found.setdefault((row, column), {})[r["seed"]] = r["accuracy"]
+        row = next((row for row in (info.title, f"{backbone}, {info.title}") if row in published.index), None)
+        column = next((c for c in (f"{n} {shots}".strip() for n in (PAPERS_NAMES[method], method)) if c in published.columns), None)
+        if row and column: found.setdefault((row, column), {})[r["seed"]] = r["accuracy"]
     rows = [dict(task=row, method=column, seeds=len(a), ours=np.mean(list(a.values())), published=published.loc[row, column]) for (row, column), a in found.items()]
     return pd.DataFrame(rows, columns=["task", "method", "seeds", "ours", "published"]).assign(difference=lambda t: t.ours - t.published).round(2)
 

@@ -123,7 +123,7 @@ def test_the_page_of_ablations_names_what_exists():
 
 
 def test_every_page_has_a_name_and_every_name_a_page():
-    assert sorted(TABLES) == sorted([*PAGES, "coft-1"]), "coft-1 is the main job's own"
+    assert sorted(TABLES) == sorted([*PAGES, "overview"]), "overview is the main job's own"
 
 
 def test_the_few_shot_page_runs(tmp_path):
