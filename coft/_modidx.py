@@ -611,6 +611,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'coft.pages.beside_published': ('pages.html#beside_published', 'coft/pages.py'),
                             'coft.pages.estimate': ('pages.html#estimate', 'coft/pages.py'),
                             'coft.pages.label_rounds': ('pages.html#label_rounds', 'coft/pages.py'),
+                            'coft.pages.not_run_markdown': ('pages.html#not_run_markdown', 'coft/pages.py'),
                             'coft.pages.official_settings': ('pages.html#official_settings', 'coft/pages.py'),
                             'coft.pages.overtaken_at': ('pages.html#overtaken_at', 'coft/pages.py'),
                             'coft.pages.plot_label_rounds': ('pages.html#plot_label_rounds', 'coft/pages.py'),
