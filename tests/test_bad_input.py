@@ -49,7 +49,7 @@ def assert_says(message, *parts):
     (lambda: Parameters(profile="embeded"), ["profile: 'embeded'", "Did you mean 'embedded'?", "paper"]),
     (lambda: Parameters(tasks=["digits", "glyph"]), ["tasks: 'glyph'", "Did you mean 'glyphs'", "digits"]),
     (lambda: Parameters(methods="zeroshot"), ["methods: 'zeroshot'", "Did you mean 'zero-shot'", "supervised"]),
-    (lambda: Parameters(tables="coft-9"), ["tables: 'coft-9'", "Did you mean 'coft-1'"]),
+    (lambda: Parameters(tables="coft-9"), ["tables: 'coft-9'", "Did you mean 'coft-", "overview, coft-1"]),
     (lambda: Parameters(device="gpu"), ["device: 'gpu'", "auto, cpu, cuda"]),
     (lambda: Parameters(settings={"cooft": {}}), ["method: 'cooft'", "Did you mean 'coft'"]),
     (lambda: Parameters(settings={"coft": {"lr": 1}}), ["setting of coft: 'lr'", "phase1_lr"]),
