@@ -106,10 +106,10 @@ def rehearse(
     if "budget" in s: smaller["budget"] = min(s["budget"], 2 * s["population"])
     if "shots" in s: few = replace(task, test=few.test, _labels=replace(task.audit, test=few.audit.test))
     with measured() as cost, rehearsal(steps) as made:
-        fitted = get_method(method.name, method.preset, **method.overrides | smaller).fit(clip, few, progress=False)
-        fitted.predict_all(few.test)
+        get_method(method.name, method.preset, **method.overrides | smaller).fit(clip, few, progress=False).predict_all(few.test)
     def all_steps(phase):
-        images = phase["images"] if "shots" in s or n == N else phase["images"] * s["top_k"] if chosen and phase["images"] <= C else phase["images"] * N / n
+        grows = s["top_k"] if chosen and phase["images"] <= C else N / n
+        images = phase["images"] * (grows if phase["of"] == n else 1) # sentences, and images with given labels, are all there
         return phase["epochs"] * np.ceil(images / phase["batch_size"])
     rest = cost["seconds"] - steps * sum(q["seconds_per_step"] for q in made.phases)
     rest *= s["budget"] / smaller["budget"] if "budget" in s else (len(task.test) / len(few.test) if "shots" in s else (N + len(task.test)) / (n + len(few.test)))

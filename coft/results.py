@@ -243,16 +243,17 @@ def table(
 )->pd.DataFrame: # tasks x methods, accuracy in percent; `attrs["notes"]` says what was left out
     "Accuracies in the form of a paper's table; pandas writes it as Markdown, LaTeX or CSV"
     check_choice("form", form, FORMS)
-    groups, notes = _one_run_each(_of_this_schema(_read_runs(runs)))
+    mine, notes = _of_this_schema(_read_runs(runs))
+    groups = _one_run_each(mine)
     known = [list(dict.fromkeys(names)) for names in zip(*groups)]
     tasks, methods = ([check_choice(what, n, there) for n in (there if asked is None else as_list(asked))] for what, asked, there in (("tasks", tasks, known[0]), ("methods", methods, known[1])))
     seeds = {t: max(len(groups.get((t, m), {})) for m in methods) for t in tasks}
     found = {(t, m): np.array([r["accuracy"] for r in groups.get((t, m), {}).values()]) for t in tasks for m in methods}
     averages = {m: np.mean([found[t, m].mean() for t in tasks]) for m in methods if len(tasks) > 1 and all(len(found[t, m]) for t in tasks)}
-    std = lambda a: a.std(ddof=1) if len(a) > 1 else np.nan
-    cell = {"text": lambda a, most: _cell_text(a, most), "mean": lambda a, most: a.mean() if len(a) else np.nan, "std": lambda a, most: std(a), "seeds": lambda a, most: len(a)}[form]
+    cell = {"text": _cell_text, "mean": lambda a, most: a.mean() if len(a) else np.nan, "std": lambda a, most: a.std(ddof=1) if len(a) > 1 else np.nan, "seeds": lambda a, most: len(a)}[form]
     frame = pd.DataFrame({m: {t: cell(found[t, m], seeds[t]) for t in tasks} for m in methods}, index=pd.Index(tasks, name="task"), columns=methods)
-    if averages and form in ("text", "mean"): frame.loc["Average"] = [("" if form == "text" else np.nan) if m not in averages else f"{averages[m]:.1f}" if form == "text" else averages[m] for m in methods]
+    if averages and form == "mean": frame.loc["Average"] = [averages.get(m, np.nan) for m in methods]
+    if averages and form == "text": frame.loc["Average"] = [f"{averages[m]:.1f}" if m in averages else "" for m in methods]
     frame.attrs["notes"] = notes
     return frame
 
@@ -270,17 +271,16 @@ def _of_this_schema(records):
     other = sorted({str(r.get("schema")) for r in records if r.get("schema") != SCHEMA})
     return mine, [f"{len(records) - len(mine)} records of another schema ({', '.join(other)}; this version has {SCHEMA}) are left out."] * bool(other)
 
-def _one_run_each(mine_and_notes):
-    "((task, method) -> seed -> record, notes); `ValueError` where two runs would share a place"
-    mine, notes = mine_and_notes
+def _one_run_each(records):
+    "(task, method) -> seed -> record; `ValueError` where two runs would share a place"
     groups = {}
-    for r in mine:
+    for r in records:
         before = groups.setdefault((r["task"], r["method"]), {}).setdefault(r["seed"], r)
         if before["key"] == r["key"]: continue
         facts = [{k: x.get(k) for k in ("model", "pretrained", "trained_on")} | x.get("settings", {}) for x in (before, r)]
         other = [f"{k} {facts[0].get(k)!r} and {v!r}" for k, v in facts[1].items() if facts[0].get(k) != v] or ["versions, data or weights differ"]
         raise ValueError(f"runs: {r['method']!r} on {r['task']!r} with seed {r['seed']} is there more than once, with {'; '.join(other[:4])}. Give the records of one of them.")
-    return groups, notes
+    return groups
 
 def _cell_text(accuracies, most):
     if not len(accuracies): return ""

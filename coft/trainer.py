@@ -158,7 +158,7 @@ class Rehearsal:
         begin, rows = time.perf_counter(), np.resize(np.arange(len(index)), schedule.batch_size * self.steps)
         columns = {k: np.asarray(v)[rows] for k, v in columns.items()}
         history = train(module, images, index[rows], columns, schedule, size, augmentation, seed, phase, progress=False, title=title, max_steps=self.steps)
-        self.phases.append(dict(title=title, images=len(index), epochs=schedule.epochs, batch_size=schedule.batch_size, seconds_per_step=(time.perf_counter() - begin) / self.steps))
+        self.phases.append(dict(title=title, images=len(index), of=len(images), epochs=schedule.epochs, batch_size=schedule.batch_size, seconds_per_step=(time.perf_counter() - begin) / self.steps))
         return history
 
 _REHEARSALS = []

@@ -124,14 +124,15 @@ def test_a_rehearsal_makes_few_steps_and_notes_the_whole(clip, task):
     ("supervised", dict(epochs=1, batch_size=9), 8), # all 72 images
     ("coop", dict(shots=2, epochs=3, batch_size=4), 3 * 2), # 2 images of 4 classes
     ("upl", dict(top_k=4, epochs=2, batch_size=8, n_prompts=3), 3 * 2 * 2), # 4 images of 4 classes, three times
+    ("lafter", dict(n_visual=0, texts="templates", text_epochs=5, epochs=2, batch_size=24), 5 + 2 * 3), # all sentences, then all 72 images
 ])
 def test_an_estimate_counts_the_steps_of_the_whole_run(clip, task, monkeypatch, method, settings, steps):
     def an_hour_each(self, module, images, index, columns, schedule, size, augmentation, seed, phase, title):
-        self.phases.append(dict(title=title, images=len(index), epochs=schedule.epochs, batch_size=schedule.batch_size, seconds_per_step=3600.0))
+        self.phases.append(dict(title=title, images=len(index), of=len(images), epochs=schedule.epochs, batch_size=schedule.batch_size, seconds_per_step=3600.0))
         return [{"loss": 0.0}]
 
     monkeypatch.setattr(Rehearsal, "play", an_hour_each)
-    cost = dict(seconds=3 * 3600.0 * (settings.get("n_prompts", 1)), peak_memory_mb=1024.0)
+    cost = dict(seconds=3 * 3600.0 * {"upl": 3, "lafter": 2}.get(method, 1), peak_memory_mb=1024.0)
 
     class Measured:
         def __enter__(self): return cost
