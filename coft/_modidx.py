@@ -454,7 +454,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'coft.experiment.draw_figures': ('experiment.html#draw_figures', 'coft/experiment.py'),
                                  'coft.experiment.find_or_run': ('experiment.html#find_or_run', 'coft/experiment.py'),
                                  'coft.experiment.label_pictures': ('experiment.html#label_pictures', 'coft/experiment.py'),
-                                 'coft.experiment.obstacles': ('experiment.html#obstacles', 'coft/experiment.py'),
                                  'coft.experiment.packed_runs': ('experiment.html#packed_runs', 'coft/experiment.py'),
                                  'coft.experiment.parameters_from': ('experiment.html#parameters_from', 'coft/experiment.py'),
                                  'coft.experiment.project_root': ('experiment.html#project_root', 'coft/experiment.py'),

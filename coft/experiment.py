@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_METHODS', 'TABLES', 'DEVICES', 'PICTURES', 'Parameters', 'parameters_from', 'project_root', 'Experiment',
-           'run_method', 'run_keys', 'find_or_run', 'run_experiment', 'obstacles', 'run_variant', 'run_variants',
-           'variants_table', 'comparison', 'cost_alone', 'run_page', 'run_pages', 'packed_runs', 'label_pictures',
-           'draw_figures']
+           'run_method', 'run_keys', 'find_or_run', 'run_experiment', 'run_variant', 'run_variants', 'variants_table',
+           'comparison', 'cost_alone', 'run_page', 'run_pages', 'packed_runs', 'label_pictures', 'draw_figures']
 
 # %% ../nbs/12_experiment.ipynb #715a21f5
 import json, os, shutil, sys
@@ -287,21 +286,6 @@ def _device(name):
     import torch
     if name == "cuda" and not torch.cuda.is_available(): raise ValueError("device: 'cuda' was given, but this installation of torch finds no CUDA device. Use 'cpu' or 'auto'.")
     return check_device(name)
-
-# %% ../nbs/12_experiment.ipynb #5c0de402
-def obstacles(
-    methods:dict, # label -> (registered method, settings), as of `run_variants`
-    p:Parameters, # tasks, model, data
-)->pd.DataFrame: # columns `what` and `why`, a row per thing; empty where the runs can start
-    "What keeps runs from starting: the weights, a task, the settings"
-    rows = []
-    def attempt(what, call):
-        try: return call()
-        except (OSError, ValueError) as e: rows.append(dict(what=what, why=str(e)))
-    clip = attempt(f"model {p.model}", lambda: load_clip(p.model, p.pretrained))
-    for t in p.tasks: attempt(f"task {t}", lambda: p.load(t))
-    attempt("settings", lambda: [get_method(m, **s).settings_for((clip or load_clip(p.model, "random")).preset) for m, s in methods.values()])
-    return pd.DataFrame(rows, columns=["what", "why"]).drop_duplicates("why", ignore_index=True)
 
 # %% ../nbs/12_experiment.ipynb #a0bcb786
 def run_variant(

@@ -33,6 +33,7 @@ def what_can_run(
     methods, # registered names
     p:Parameters, # tasks, model, data
     labels:bool=True, # whether the page's setting has labelled images
+    settings:dict|None=None, # single settings that all methods get, such as a preset
 ): # (methods that run, parameters with the tasks that run or None, table of the rest with the reason)
     "What of a page can run here"
     rows = [(m, "it learns from labelled images, and this page compares methods without any", "ask for it on the page coft-4 or craft-1") for m in methods if METHODS[m].supervised and not labels]
@@ -41,10 +42,10 @@ def what_can_run(
         try: return call()
         except (OSError, ValueError) as e: rows.append((what, *_why_and_what_to_do(str(e))))
     clip = attempt(f"model {p.model}", lambda: load_clip(p.model, p.pretrained, _device(p.device)))
-    if clip: kept = [m for m in kept if attempt(m, lambda: get_method(m).settings_for(clip.preset))]
+    if clip: kept = [m for m in kept if attempt(m, lambda: get_method(m, **settings or {}).settings_for(clip.preset))]
     tasks = [t for t in p.tasks if attempt(f"task {t}", lambda: _with_test_labels(p.load(t)))]
     ready = replace(p, tasks=tasks, seeds={t: p.seeds_of(t) for t in tasks} if isinstance(p.seeds, dict) else p.seeds) if clip and kept and tasks else None
-    return kept, ready, pd.DataFrame(rows, columns=["not run", "why", "what to do"])
+    return kept, ready, pd.DataFrame(rows, columns=["not run", "why", "what to do"]).groupby(["why", "what to do"], sort=False)["not run"].agg(", ".join).reset_index()[["not run", "why", "what to do"]]
 
 def not_run_markdown(
     not_run:pd.DataFrame, # from `what_can_run`

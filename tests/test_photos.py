@@ -17,7 +17,8 @@ from coft.contrast import ContrastView
 from coft.core import generator
 from coft.data import TASKS, ArrayImages, Augmentation
 from coft.datasets import CIFAR_CROP, DATASETS, SMALL_TEMPLATES, dataset_task, held_out_classes, only_classes, read_descriptions, read_tables
-from coft.experiment import Parameters, obstacles, run_variants
+from coft.experiment import Parameters, run_variants
+from coft.pages import what_can_run
 from coft.pretrain import Captions, ImageTraining, KeepPatches, blotted, caption_features, contrastive_loss, save_half, spread, without_mention, zero_shot_accuracy
 from coft.protocol import get_method
 from coft.trainer import Schedule, train
@@ -593,7 +594,10 @@ def display_page(**given):
     for cell in json.loads((ROOT / "nbs/tables/photos.ipynb").read_text())["cells"]:
         if cell["cell_type"] != "code":
             continue
-        exec("".join(cell["source"]), space)
+        try:
+            exec("".join(cell["source"]), space)
+        except SystemExit:
+            break
         if "parameters" in cell["metadata"].get("tags", []):
             space.update(given)
         space["display"] = lambda *objects: displayed.extend(getattr(o, "data", o) for o in objects)
@@ -604,13 +608,20 @@ QUICK_RUNS = {"top-k": dict(top_k=4, epochs=1), "coft": {k: v for k, v in QUICK.
 
 
 def test_the_page_of_results_says_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr("coft.protocol.PRESET_NAMES", ("paper", "embedded"))
     displayed, space = display_page(data_root=str(tmp_path), out_dir=str(tmp_path / "out"))
     table, = displayed
     assert "| model photos | pretrained: nothing was given for 'photos'" in table and "pretraining_photos.ipynb" in table
     assert f"| task cifar10 | CIFAR-10: {tmp_path / 'cifar-10-batches-py'} is missing" in table and "| task caltech101-32 |" in table
-    assert "| settings | preset: the model takes the settings 'photos', which nobody has chosen yet" in table
-    assert table.count("\n") == 6 and space["runs"] == [] and not (tmp_path / "out").exists()
+    assert table.count("\n") == 5 and "runs" not in space and not (tmp_path / "out").exists()
+
+
+def test_without_settings_of_its_own_only_zero_shot_runs(monkeypatch):
+    "The embedded settings are not taken silently; one row names all methods that lack settings."
+    monkeypatch.setattr("coft.protocol.PRESET_NAMES", ("paper", "embedded"))
+    kept, ready, rest = what_can_run(["zero-shot", "coft", "craft"], Parameters(model=PHOTO_MODEL, pretrained="random", tasks="glyphs-toy"))
+    assert kept == ["zero-shot"] and ready.tasks == ["glyphs-toy"]
+    assert rest["not run"].tolist() == ["coft, craft"] and "the model takes the settings 'photos', which nobody has chosen yet" in rest.why[0]
+    assert what_can_run(["coft"], Parameters(model=PHOTO_MODEL, pretrained="random", tasks="glyphs-toy"), settings=dict(preset="embedded"))[0] == ["coft"]
 
 
 def test_the_page_of_results_runs(data_root, tmp_path, monkeypatch):
@@ -632,14 +643,10 @@ def test_the_page_of_results_runs(data_root, tmp_path, monkeypatch):
     assert {(r["task"], r["model"]) for r in space["runs"]} == {("cifar10", "photos"), ("glyphs-toy", "embedded")}
 
 
-def test_obstacles_are_none_where_all_is_there():
-    assert obstacles({"coft": ("coft", {})}, Parameters(tasks="glyphs-toy")).empty
-
-
-def test_a_checkpoint_of_another_model_is_an_obstacle():
+def test_with_a_checkpoint_of_another_model_nothing_runs():
     path = str(ROOT / "coft/embedded/coft-embedded.safetensors")
-    found = obstacles({"zero-shot": ("zero-shot", {})}, Parameters(model=PHOTO_MODEL, pretrained=path, tasks="glyphs-toy"))
-    assert found.what.tolist() == ["model photos"] and "does not fit 'photos'" in found.why[0] and path in found.why[0]
+    _, ready, rest = what_can_run(["zero-shot"], Parameters(model=PHOTO_MODEL, pretrained=path, tasks="glyphs-toy"))
+    assert ready is None and rest["not run"].tolist() == ["model photos"] and "does not fit 'photos'" in rest.why[0] and path in rest.why[0]
 
 
 # ---- a part of the unlabelled images
