@@ -823,6 +823,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'coft.search.Search': ('search.html#search', 'coft/search.py'),
                              'coft.search._run_all': ('search.html#_run_all', 'coft/search.py'),
                              'coft.search.draw': ('search.html#draw', 'coft/search.py'),
+                             'coft.search.draws': ('search.html#draws', 'coft/search.py'),
                              'coft.search.finalists': ('search.html#finalists', 'coft/search.py'),
                              'coft.search.keep_choice': ('search.html#keep_choice', 'coft/search.py'),
                              'coft.search.means': ('search.html#means', 'coft/search.py'),
