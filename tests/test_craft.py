@@ -3,12 +3,12 @@ import numpy as np
 import pytest
 import torch
 from coft.blackbox import BlackBoxVLM, BudgetExhausted, Pictures
-from coft.craft import (BBT, CraFT, CraFTSettings, PromptGenerator, Refiner, craft_settings, fitness, kl, refinement_loss,
+from coft.craft import (BBT, CraFT, PromptGenerator, Refiner, craft_settings, fitness, kl, refinement_loss,
                         weight_at)
 from coft.data import batches
 from helpers import broken_off
 
-TINY = dict(shots=4, budget=120, views="task", intrinsic_dim=32, weight_share=2)
+TINY = dict(preset="paper", shots=4, budget=120, views="task", intrinsic_dim=32, weight_share=2)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_check_12_eight_thousand_queries_are_two_hundred_generations(clip, task,
         return np.random.default_rng(len(asked)).standard_normal((len(context), len(images), len(class_names))).astype(np.float32)
 
     monkeypatch.setattr(BlackBoxVLM, "_answer", answer)
-    fitted = CraFT(shots=2, budget=8000, views="task", intrinsic_dim=4, bound=0.0, readout="mean").fit(BlackBoxVLM(clip), task, progress=False)
+    fitted = CraFT(preset="paper", shots=2, budget=8000, views="task", intrinsic_dim=4, bound=0.0, readout="mean").fit(BlackBoxVLM(clip), task, progress=False)
     assert len(fitted.trace["history"]) == 200 and fitted.facts["prompt queries"] == sum(a for a, _ in asked) == 8000
     assert fitted.facts["image forwards"] == sum(b for _, b in asked) == 200 * (40 + 1) * 8
 
@@ -126,7 +126,7 @@ def test_refinement_loss_is_that_of_the_formulas(scores):
 def test_one_generation_is_that_of_the_formulas(clip, task):
     "Candidates, fitness, read-out and one step of Adam, written out."
     one = TINY | dict(budget=40, refine_batch_size=64, weight_share=1)
-    s, box = CraFTSettings(**one), BlackBoxVLM(clip)
+    s, box = CraFT(**one).settings_for("paper"), BlackBoxVLM(clip)
     fitted = CraFT(**one).fit(BlackBoxVLM(clip), task, progress=False)
     index, labels = task.labelled(4, 0)
     labels = torch.from_numpy(labels)

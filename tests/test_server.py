@@ -19,7 +19,7 @@ from coft.server import Ledger, RemoteBox, make_app, pack_array, running_server
 from starlette.testclient import TestClient
 
 COMMAND = Path(sys.executable).parent / "coft"
-TINY = dict(shots=4, budget=200, views="task", intrinsic_dim=32)
+TINY = dict(preset="paper", shots=4, budget=200, views="task", intrinsic_dim=32)
 
 
 @pytest.fixture

@@ -135,7 +135,8 @@ def test_the_few_shot_page_runs(tmp_path):
     assert all(f"| glyphs-toy | {m} |" in table for m in ("zero-shot", "coop", "bbt", "craft")) and table.count("±") == 8
     assert any("difference from craft, 2" in t for t in shown)
     queries = {(r["method"], r["settings"]["shots"]): r["settings"].get("budget") or r["settings"]["epochs"] for r in Records(tmp_path / "out").load() if r["method"] != "zero-shot"}
-    assert queries == {("coop", 1): 1, ("coop", 2): 2, ("bbt", 1): 40, ("bbt", 2): 80, ("craft", 1): 40, ("craft", 2): 80}
+    epochs = get_method("coop").settings_for("embedded").epochs
+    assert queries == {("coop", 1): 0.02 * epochs / 4, ("coop", 2): 0.02 * epochs / 2, ("bbt", 1): 40, ("bbt", 2): 80, ("craft", 1): 40, ("craft", 2): 80}
 
 
 @pytest.mark.parametrize("name, begins", [("craft-1", "def settings_of"), ("ablations-craft", "def variants_on")])
