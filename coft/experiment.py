@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DEFAULT_METHODS', 'TABLES', 'DEVICES', 'PICTURES', 'Parameters', 'parameters_from', 'project_root', 'Experiment',
            'run_method', 'run_keys', 'find_or_run', 'run_experiment', 'run_variant', 'run_variants', 'variants_table',
-           'comparison', 'cost_alone', 'run_page', 'run_pages', 'packed_runs', 'label_pictures', 'draw_figures']
+           'comparison', 'cost_alone', 'run_page', 'run_pages', 'packed_runs', 'all_packed_runs', 'label_pictures',
+           'draw_figures']
 
 # %% ../nbs/12_experiment.ipynb #715a21f5
 import json, os, shutil, sys
@@ -416,6 +417,10 @@ def packed_runs(
     path = _notebooks()/"tables"/f"{name}.runs.npz"
     if not path.exists(): raise ValueError(f"packed: the page {name!r} comes without runs ({path.name} is not there). Run it with packed=False.")
     return path
+
+def all_packed_runs()->list: # of paths
+    "The files of packed runs that come with all pages"
+    return sorted((_notebooks()/"tables").glob("*.runs.npz"))
 
 
 # %% ../nbs/12_experiment.ipynb #b621e9a4

@@ -1,0 +1,57 @@
+"The papers' claims against records: which run counts, which rival decides, and by how much."
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from coft.claims import CHANGED, CLAIMS, Claim, all_runs, check_claims, claims_markdown, is_run
+from coft.protocol import METHODS, get_method
+from coft.results import SCHEMA, Records
+
+
+def record(method, seed=0, task="digits", preset="paper", **settings):
+    settings = asdict(get_method(method, preset, **settings).settings_for(preset))
+    return dict(schema=SCHEMA, key=f"{method}{seed}{task}{sorted(settings.items())}", method=method, model="embedded", task=task, trained_on=task, seed=seed, preset=preset, settings=settings, n_test=200)
+
+
+def run(n_right, *args, **more):
+    return record(*args, **more), (np.arange(200) < n_right).astype(float)
+
+
+def test_every_side_of_every_claim_is_a_run_that_can_be_made():
+    for name in {n for c in CLAIMS for n in (c.ahead, *c.of)}:
+        called, change = CHANGED.get(name, (name, {}))
+        method, _, shots = called.partition(", ")
+        assert METHODS[method].supervised == bool(shots)
+        assert is_run(record(method, **change, **(dict(shots=int(shots), epochs={4: 100, 8: 200, 16: 200}[int(shots)]) if method == "coop" else dict(shots=int(shots)) if shots else {})), name)
+
+
+@pytest.mark.parametrize("change", [dict(trained_on="glyphs"), dict(schema=0), dict(method="coft+"), dict(preset="embedded")], ids=str)
+def test_other_runs_are_not_taken_for_it(change):
+    assert is_run(record("coft"), "coft") and not is_run(record("coft") | change, "coft")
+
+
+def test_the_nearest_rival_decides_and_only_shared_seeds_count():
+    claim = Claim("it wins", "a paper", "coft", ("upl", "top-k"))
+    runs = [run(120, "coft"), run(120, "coft", seed=1), run(0, "coft", seed=2), run(60, "upl"), run(60, "upl", seed=1), run(150, "top-k", seed=1)]
+    (verdict,) = check_claims(runs, [claim])
+    assert (verdict.nearest, verdict.difference, verdict.seeds, verdict.says) == ("top-k", -15.0, 1, "fails")
+    assert check_claims(runs[:5], [claim]) == [], "a rival without runs leaves the claim unchecked"
+    assert check_claims(runs[:5] + [run(150, "top-k", seed=7)], [claim]) == [], "no seed in common"
+
+
+@pytest.mark.parametrize("by, says", [(0.0, "holds"), (20.0, "open"), (40.0, "fails"), (-50.0, "holds")])
+def test_the_margin_is_part_of_the_claim(by, says):
+    claim = Claim("it wins", "a paper", "coft", ("zero-shot",), by)
+    (verdict,) = check_claims([run(100, "coft"), run(60, "zero-shot")], [claim])
+    assert verdict.says == says
+    assert "+20.0 points" in claims_markdown([verdict], [claim]) and "Not checked" not in claims_markdown([verdict], [claim])
+
+
+def test_a_packed_run_that_is_in_the_folder_too_counts_once(tmp_path):
+    made, right = run(60, "zero-shot")
+    records = Records(tmp_path / "own")
+    records.add(made | dict(key="abc"), {"test_right": right[None].astype(bool)})
+    records.pack(tmp_path / "packed.npz")
+    for folder, packed in (("own", ["packed.npz"]), ("empty", ["packed.npz"]), ("own", [])):
+        ((found, what),) = all_runs(tmp_path / folder, [tmp_path / p for p in packed])
+        assert found["key"] == "abc" and what.sum() == 60
