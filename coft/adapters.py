@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import __version__
-from .clip import FrozenCLIP, _misfit, _split_heads, load_clip
+from .clip import FrozenCLIP, _split_heads, fill_module, load_clip
 from .core import check_choice, check_number, expect_error, replace_file, torch_generator
 
 # %% ../nbs/04_adapters.ipynb #34e75216
@@ -101,7 +101,7 @@ class VisualPrompt(LightModule):
         def insert(layer):
             def hook(block, args):
                 if layer == 0 and args[0].shape[1] != length: raise ValueError("visual prompt tokens are attached to this tower already; leave that block first.")
-                return (torch.cat([args[0][:, :length], self.tokens[layer].to(args[0].dtype).expand(len(args[0]), -1, -1)], 1), *args[1:])
+                return (torch.cat([args[0][:, :length], self.tokens[layer].to(args[0].dtype).expand(args[0].shape[0], -1, -1)], 1), *args[1:])
             return hook
         for i, block in enumerate(transformer.resblocks[:len(self.tokens)]): yield block.register_forward_pre_hook(insert(i))
         yield transformer.register_forward_hook(lambda module, args, out: out[:, :length])
@@ -253,9 +253,7 @@ def load_light_module(
     differ = [f"{k}: expected {fits.get(k)!r}, found {v!r}" for k, v in found.items() if fits.get(k) != v]
     if differ: raise ValueError(f"{Path(path).name}: this {fits['kind']} was made for {fits.get('model')!r} with the weights {fits.get('pretrained')!r}. {'; '.join(differ)}. Load that model, or train a module for this one.")
     module = build_light_module(fits["kind"], clip, **fits["settings"])
-    problem = _misfit(*({k: tuple(v.shape) for k, v in tensors.items()} for tensors in (module.state_dict(), tensors)))
-    if problem: raise ValueError(f"{Path(path).name}: the file does not hold the {fits['kind']} of its header: {problem}.")
-    module.load_state_dict(tensors)
+    fill_module(module, tensors, f"{Path(path).name}: the file does not hold the {fits['kind']} of its header")
     return module
 
 # %% ../nbs/04_adapters.ipynb #9599f394

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMBEDDED_MODELS', 'PHOTO_MODEL', 'EMBEDDED', 'BYTE_PIECES', 'MERGES', 'LONG_TEXTS', 'PROFILE_MODELS',
            'CompactTokenizer', 'kept_pieces', 'open_vocabulary', 'tokenize', 'FrozenCLIP', 'load_clip', 'check_device',
-           'weights_digest', 'build_embedded', 'zero_shot_head', 'PromptEncoder']
+           'weights_digest', 'check_shapes', 'fill_module', 'build_embedded', 'zero_shot_head', 'PromptEncoder']
 
 # %% ../nbs/01_clip.ipynb #891a37cc
 import json, logging, os, re, warnings, zipfile
@@ -297,9 +297,7 @@ def _filled_model(net, model, path, state):
     needed = net.state_dict()
     for name in {n for n, _ in net.named_buffers()} - needed.keys(): state.pop(name, None)
     if "logit_scale" in state and state["logit_scale"].numel() == 1: state["logit_scale"] = state["logit_scale"].reshape(needed["logit_scale"].shape)
-    problem = _misfit({k: tuple(v.shape) for k, v in needed.items()}, {k: tuple(v.shape) for k, v in state.items()})
-    if problem: raise ValueError(f"pretrained: the checkpoint {str(path)!r} does not fit {model!r}: {problem}.")
-    net.load_state_dict(state)
+    fill_module(net, state, f"pretrained: the checkpoint {str(path)!r} does not fit {model!r}")
     return net
 
 def _misfit(expected, found, most=3):
@@ -310,6 +308,26 @@ def _misfit(expected, found, most=3):
     parts = [f"{len(wrong)} shapes differ: {'; '.join(wrong[:most])}"] * bool(wrong)
     parts += [f"{len(names)} of the {len(given)} tensors {what}: {', '.join(names[:most])}" for names, given, what in ((missing, expected, "expected are missing"), (unknown, found, "found are unknown")) if names]
     return "; ".join(parts)
+
+# %% ../nbs/01_clip.ipynb #e60a7bca
+def check_shapes(
+    what:str, # what the tensors are of, for the message
+    tensors, # name -> tensor
+    expected, # name -> tensor of the right shape, or the shape
+):
+    "Raise `ValueError` unless there are exactly these names with these shapes"
+    shapes = lambda named: {k: tuple(getattr(v, "shape", v)) for k, v in named.items()}
+    problem = _misfit(shapes(expected), shapes(tensors))
+    if problem: raise ValueError(f"{what}: {problem}.")
+
+def fill_module(
+    module:nn.Module, # any module
+    tensors, # name -> tensor, all of its state
+    what:str, # what the tensors are of, for the message
+):
+    "Load a state; `ValueError` says what is expected and what was found where it does not fit"
+    check_shapes(what, tensors, module.state_dict())
+    module.load_state_dict(tensors)
 
 # %% ../nbs/01_clip.ipynb #c8aa41f2
 def _check_tag(model, pretrained):

@@ -26,9 +26,10 @@ from .contrast import ContrastView, MomentumContrast, Views, queue_length
 from .core import check_choice, check_flag, check_number, expect_error, sha256_of
 from .data import Task, batches, load_task
 from .filtering import Similarities, collapse_warning, select_topk, selection_warnings, shortened, softmax_probabilities
+from .members import EncoderMember, LightMember
 from .prompts import L2_GRAD, DualPrompt, dual_prompt_losses, random_complement
 from .protocol import Fitted, Method, Run
-from .trainer import EncoderWithHead, Schedule, check_head, predict, train
+from .trainer import EncoderWithHead, Schedule, check_head, train
 
 # %% ../nbs/07_collaborate.ipynb #058ccf07
 JUDGES = ("peer", "self", "nobody", "confidence")
@@ -156,6 +157,11 @@ class PromptedModel(nn.Module):
         v = torch.cat([self.image_features(pixels) for _, pixels in batches(images, range(len(images)), 256, self.clip.image_size)])
         return Similarities((v @ t_pos.T).cpu().numpy(), (v @ t_neg.T).cpu().numpy(), self.clip.tau)
 
+    @torch.no_grad()
+    def member(self)->LightMember:
+        "What answers once training is over: the visual module, and the features of the positive prompt"
+        return LightMember(self.clip, self.visual, self.prompt()[0])
+
 # %% ../nbs/07_collaborate.ipynb #98315e6c
 AFTER_PHASE1 = ("template_set", "top_k", "fill_short", "judge", "strict_filter", "head_init", "head_input", "label_model", "label_pretrained", "rounds", "rank_by", "contrastive", "gamma", "momentum", "contrast_tau",
                 "queue", "contrast_views", "label_view", "shots", "balanced", "balance_bound", *(f"phase2_{f.name}" for f in fields(Schedule))) # settings that reach Phase I only through its images and labels, or not at all
@@ -255,7 +261,7 @@ class CoFT(Method):
             name = f"Phase II, model {g + 1}"
             head = models[g].prompt()[0] if models[g].clip is run.clip else zero_shot_head(run.clip, run.task.class_names, run.task.template)
             model, histories[name] = phase2(run, labels, accepted, head, run.seed + g * PEER_SEED, name)
-            members.append(_member(model, run.clip))
+            members.append(EncoderMember(model))
             messages += collapse_warning(members[-1](run.task.unlabelled).argmax(1), run.task.class_names, f"model {g + 1} of Phase II")
         trace = fitted.trace | {"histories": histories} | {f"{k}_{g + 1}": d[i] for g, d in enumerate(directions) for i, k in enumerate(("labels", "accepted", "p_clean"))}
         judged = np.setdiff1d(np.arange(len(run.task.unlabelled)), given[0])
@@ -284,7 +290,7 @@ class CoFT(Method):
             trace |= {f"round{r + 1}_selected_{k}_{g + 1}": c[i] for g, c in enumerate(chosen) for i, k in enumerate(("index", "labels"))}
         trace |= {"histories": histories, "found_phases": found} | {f"phase1_probabilities_{g + 1}": v.probabilities for g, v in enumerate(views)}
         facts = {"unlabelled images": len(P), "images in S*": len(trace["selected_index"]) - len(given[0])} | ({"images with a given label": len(given[0])} if len(given[0]) else {}) | {"images on which both models agree after Phase I": f"{100 * (views[0].labels == views[1].labels).mean():.1f} %"}
-        return Fitted((*self.stages, self.name)[0], names, [_member(m, run.clip) for m in models], facts=facts, messages=messages, trace=trace), models, views
+        return Fitted((*self.stages, self.name)[0], names, [m.member() for m in models], facts=facts, messages=messages, trace=trace), models, views
 
 # %% ../nbs/07_collaborate.ipynb #fcf5a120
 class CoFTPhase1(Method):
@@ -298,8 +304,6 @@ class CoFTPhase1(Method):
         return whole._rounds(_labeller(run), whole.given(run))[0]
 
 # %% ../nbs/07_collaborate.ipynb #451bacc4
-def _member(model, clip): return lambda images: predict(model.logits, images, clip.image_size)
-
 def _labeller(run):
     "The run of Phase I and filtering: another CLIP in distillation"
     s = run.settings

@@ -7,7 +7,7 @@ __all__ = ['OPERATIONS', 'STRONG_VIEWS', 'MEANS', 'LABELLERS', 'PRIORS', 'TEXTS'
            'NORMS', 'cover', 'StrongView', 'strong_view', 'FixMatchSettings', 'masked_loss', 'align', 'SelfTraining',
            'self_training_messages', 'largest_share', 'FixMatch', 'FixMatchDASettings', 'FixMatchDA', 'class_sentences',
            'NoiseView', 'TextClassifier', 'SteadySchedule', 'LaFTerSettings', 'Blurred', 'learner_view', 'Learner',
-           'text_classifier', 'LaFTer']
+           'LearnerMember', 'text_classifier', 'LaFTer']
 
 # %% ../nbs/08f_consistency.ipynb #2c99e8e0
 import math
@@ -27,6 +27,7 @@ from .contrast import TO_YIQ, ContrastView, Views, follow
 from .core import check_choice, check_flag, check_number, expect_error, torch_generator
 from .data import Augmentation, Task, load_task
 from .filtering import collapse_warning, shortened
+from .members import EncoderMember, Member, check_shapes
 from .protocol import Fitted, Method, Run, get_method
 from .pseudolabels import FeatureImages
 from .trainer import EncoderWithHead, Schedule, predict, train
@@ -254,7 +255,7 @@ class FixMatch(Method):
         training = SelfTraining(towers[0], s, towers[1] if s.average else None, **alignment)
         views = Views((task.augmentation, strong_view(task, s.strong_views, s.operations, s.cutout)))
         history = train(training, task.unlabelled, np.arange(len(P)), {}, s.schedule(), clip.image_size, views, run.seed, "fixmatch", run.progress, self.title, folder=run.folder, content=run.content())
-        answer = lambda images: predict(towers[-1].logits, images, clip.image_size)
+        answer = EncoderMember(towers[-1])
         start = align(torch.tensor(P), *(torch.tensor(alignment[k], dtype=torch.float32) for k in ("prior", "share"))).numpy() if alignment else P
         return self._told(run, start, answer(task.unlabelled), answer, history, P)
 
@@ -465,6 +466,33 @@ class Learner(nn.Module):
         label = self.labels(self.images.batch(index.cpu(), self.clip.image_size))
         return {"loss": F.cross_entropy(self.logits(pixels), label, label_smoothing=self.settings.smoothing)}
 
+# %% ../nbs/08f_consistency.ipynb #8f6d0001
+class LearnerMember(Member):
+    "Norm layers, prompt tokens and classifier of LaFTer; the rest of the tower is the frozen one"
+    kind = "lafter"
+    why_no_tower = "its prompt tokens are further inputs of the attention, no weights"
+
+    def __init__(self,
+        model:Learner, # trained
+    ):
+        super().__init__(model.clip)
+        self.module = model
+
+    def logits(self, pixels):
+        "As `Learner.logits`"
+        return self.module.logits(pixels)
+
+    def tensors(self): return {k: v for k, v in self.module.named_parameters() if v.requires_grad}
+
+    def config(self): return dict(n_visual=self.module.settings.n_visual, unit_features=self.module.settings.unit_features)
+
+    @classmethod
+    def restore(cls, clip, class_names, tensors, config):
+        member = cls(Learner(clip, torch.zeros(len(class_names), clip.embed_dim), None, LaFTerSettings(**config)))
+        check_shapes("LaFTer", tensors, member.tensors())
+        member.module.load_state_dict(tensors, strict=False)
+        return member
+
 # %% ../nbs/08f_consistency.ipynb #b6e92c35
 def text_classifier(
     run:Run, # model, task, settings
@@ -496,4 +524,4 @@ class LaFTer(Method):
         messages = collapse_warning(first, names, "LaFTer's text classifier") + self_training_messages(first, last, names, "LaFTer")
         if s.texts == "both" and not task.llm_templates: messages.append(f"The task {task.name!r} has no sentences by a language model, so LaFTer's text classifier learned from its {len(task.templates)} templates alone.")
         trace = {"zero_shot": P, "selected_index": everything, "selected_labels": first, "histories": {"LaFTer, text classifier": text_history, "LaFTer": history}}
-        return Fitted(self.name, names, [lambda images: predict(model.logits, images, clip.image_size)], facts=facts, messages=messages, trace=trace)
+        return Fitted(self.name, names, [LearnerMember(model)], facts=facts, messages=messages, trace=trace)

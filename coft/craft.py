@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['READOUTS', 'KL_DIRECTIONS', 'TRAININGS', 'PAPER_ROWS', 'PromptGenerator', 'Refiner', 'kl', 'fitness',
-           'refinement_loss', 'weight_at', 'CraFTSettings', 'craft_settings', 'CraFT', 'answer', 'BBTSettings', 'BBT']
+           'refinement_loss', 'weight_at', 'CraFTSettings', 'craft_settings', 'CraFT', 'answer', 'BoxMember',
+           'BBTSettings', 'BBT']
 
 # %% ../nbs/08b_craft.ipynb #28c7c5b2
 import json, pickle
@@ -23,6 +24,7 @@ from .clip import load_clip
 from .contrast import VIEWS, few_shot_views
 from .core import check_choice, check_flag, check_number, expect_error, generator, replace_file, sha256_of, torch_generator
 from .data import batches, load_task
+from .members import Member, check_shapes, fill_module
 from .protocol import Fitted, Method, Run, get_method
 
 # %% ../nbs/08b_craft.ipynb #f4d48edf
@@ -252,8 +254,7 @@ class CraFT(Method):
         tuning = _Tuning(run, box, index, torch.from_numpy(np.asarray(labels)), views)
         tuning.go()
         names, facts = task.class_names, tuning.facts()
-        member = lambda images: answer(box, names, tuning.context, tuning.refiner, images)
-        return Fitted(self.name, names, [member], facts=facts, messages=tuning.messages, trace=dict(history=tuning.history, context=tuning.context, snapshots=tuning.snapshots))
+        return Fitted(self.name, names, [BoxMember(box, names, tuning.context, tuning.refiner)], facts=facts, messages=tuning.messages, trace=dict(history=tuning.history, context=tuning.context, snapshots=tuning.snapshots))
 
 def answer(
     box:Box, # the model
@@ -265,6 +266,37 @@ def answer(
     "Probabilities softmax(Y_I + g(Y_I)) of all images, test view"
     refine = refiner or (lambda Y: Y)
     with torch.no_grad(): return torch.cat([refine(torch.from_numpy(box.logits(context, class_names, pixels)[0])).softmax(-1) for _, pixels in batches(images, range(len(images)), 256, box.image_size)]).numpy()
+
+# %% ../nbs/08b_craft.ipynb #8b6d0001
+class BoxMember(Member):
+    "A prompt in front of a box, and a refiner behind it if there is one"
+    kind, why_no_tower, why_no_graph = "box", "it sees no weights", "it asks a black box"
+
+    def __init__(self,
+        box:Box, # the model
+        class_names, # C names
+        context:np.ndarray, # prompt [n, d_t]
+        refiner:Refiner|None=None, # g
+    ):
+        super().__init__(box)
+        self.class_names, self.context, self.module = list(class_names), np.array(context, np.float32), refiner
+
+    def __call__(self, images):
+        "As `answer`"
+        return answer(self.clip, self.class_names, self.context, self.module, images)
+
+    def tensors(self): return {"context": torch.from_numpy(self.context)} | ({} if self.module is None else self.module.state_dict())
+
+    def config(self): return dict(hidden=0 if self.module is None else self.module.g[0].out_features)
+
+    @classmethod
+    def restore(cls, clip, class_names, tensors, config):
+        box, tensors = clip if isinstance(clip, Box) else BlackBoxVLM(clip), dict(tensors)
+        context, refiner = tensors.pop("context", torch.zeros(0)), Refiner(len(class_names), config["hidden"]) if config["hidden"] else None
+        check_shapes("prompt", {"context": context}, {"context": (len(context), box.info()["token_width"])})
+        if refiner is None: check_shapes("prompt", tensors, {})
+        else: fill_module(refiner, tensors, "refiner")
+        return cls(box, class_names, context.numpy(), refiner)
 
 # %% ../nbs/08b_craft.ipynb #5bd7b299
 class _Tuning:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIP_ROWS', 'POWERS_OF_C', 'CRITERIA', 'coop_epochs', 'CoOpSettings', 'LearnedContext', 'CoOp', 'TipAdapterSettings',
-           'raw_features', 'cache_keys', 'FeatureCache', 'TipAdapter', 'EpsSchedule', 'TipAdapterFSettings',
+           'cache_keys', 'FeatureCache', 'CacheMember', 'TipAdapter', 'EpsSchedule', 'TipAdapterFSettings',
            'TipAdapterF', 'tip_adapter_settings', 'LinearProbeSettings', 'label_folds', 'search_C', 'fit_logistic',
            'held_out', 'as_head', 'LinearProbe']
 
@@ -22,8 +22,9 @@ from .collaborate import TEMPLATE_SETS, task_head
 from .contrast import VIEWS, few_shot_views
 from .core import check_choice, check_number, expect_error, generator, torch_generator
 from .data import Task, batches, load_task
+from .members import LinearHead, Member, check_shapes, raw_features
 from .protocol import Fitted, Method, get_method
-from .trainer import OPTIMIZERS, Schedule, predict, train
+from .trainer import OPTIMIZERS, Schedule, train
 
 # %% ../nbs/08c_fewshot.ipynb #266c13b0
 def coop_epochs(
@@ -92,8 +93,7 @@ class CoOp(Method):
         weights = sum(p.numel() * p.element_size() for p in clip.model.parameters())
         seeing = sum(p.numel() * p.element_size() for p in clip.model.visual.parameters())
         facts = {"labelled images": len(index), "bytes to deploy": weights + 4 * model.context.numel(), "bytes to deploy for these classes": seeing + 4 * len(task.class_names) * clip.embed_dim}
-        answer = torch.no_grad()(model.logits)
-        return Fitted(self.name, task.class_names, [lambda images: predict(answer, images, clip.image_size)], facts=facts, trace={"histories": {"CoOp": history}})
+        return Fitted(self.name, task.class_names, [LinearHead(clip, model.encoder(model.context)[0])], facts=facts, trace={"histories": {"CoOp": history}})
 
 # %% ../nbs/08c_fewshot.ipynb #71a0c004
 @dataclass(frozen=True)
@@ -114,14 +114,6 @@ class TipAdapterSettings:
         check_choice("template_set", self.template_set, TEMPLATE_SETS)
 
 # %% ../nbs/08c_fewshot.ipynb #71a0c005
-@torch.no_grad()
-def raw_features(
-    clip:FrozenCLIP, # the model
-    pixels:torch.Tensor, # [n, 3, image_size, image_size]
-)->torch.Tensor: # [n, embed_dim], of the length that they come with
-    "Features v(x) before they are brought to unit length"
-    return clip.model.visual(clip.normalize(pixels)).float()
-
 def cache_keys(
     clip:FrozenCLIP, # the model
     images, # an image set
@@ -166,6 +158,32 @@ class FeatureCache(nn.Module):
         "Cross-entropy on the labels"
         return {"loss": F.cross_entropy(self.logits(pixels), label)}
 
+# %% ../nbs/08c_fewshot.ipynb #71a0c00e
+class CacheMember(Member):
+    "A cache of labelled features beside the zero-shot classifier"
+    kind = "cache"
+
+    def __init__(self,
+        cache:FeatureCache, # tuned or not
+    ):
+        super().__init__(cache.clip)
+        self.module = cache
+
+    @torch.no_grad()
+    def logits(self, pixels):
+        "As `FeatureCache.logits`"
+        return self.module.logits(pixels)
+
+    def tensors(self): return {"head": self.module.head, "keys": self.module.keys, "labels": self.module.values.argmax(1)}
+
+    def config(self): return dict(beta=self.module.beta, alpha=self.module.alpha)
+
+    @classmethod
+    def restore(cls, clip, class_names, tensors, config):
+        n = len(tensors.get("keys", ()))
+        check_shapes("cache", tensors, {"head": (len(class_names), clip.embed_dim), "keys": (n, clip.embed_dim), "labels": (n,)})
+        return cls(FeatureCache(clip, *(tensors[k].to(clip.device) for k in ("head", "keys", "labels")), **config))
+
 # %% ../nbs/08c_fewshot.ipynb #71a0c009
 class TipAdapter(Method):
     "A cache of labelled features beside zero-shot CLIP, without training (arXiv 2207.09519)"
@@ -177,9 +195,8 @@ class TipAdapter(Method):
         views, head = few_shot_views(s.views, task.augmentation, area=0.5), task_head(clip, task, s.template_set)
         cache = FeatureCache(clip, head, cache_keys(clip, task.unlabelled, index, views, s.cache_views, run.seed), labels, s.beta, s.alpha)
         histories = self._tune(run, cache, index, labels, views)
-        answer = torch.no_grad()(cache.logits)
         facts = {"labelled images": len(index), "numbers in the cache": cache.keys.numel()}
-        return Fitted(self.name, task.class_names, [lambda images: predict(answer, images, clip.image_size)], facts=facts, trace={"histories": histories} if histories else {})
+        return Fitted(self.name, task.class_names, [CacheMember(cache)], facts=facts, trace={"histories": histories} if histories else {})
 
     def _tune(self, run, cache, index, labels, views): # name -> history
         "Nothing to tune"
@@ -345,9 +362,7 @@ class LinearProbe(Method):
         C, facts, messages, tried = self._choose(s, features, index, labels, run.seed)
         probe = fit_logistic(features, labels, C, s.max_iter)
         if probe.n_iter_.max() >= s.max_iter: messages.append(f"L-BFGS stopped after {s.max_iter} iterations, before it had converged (C = {C:.3g}).")
-        weight, bias = (t.to(clip.device) for t in as_head(probe, len(task.class_names)))
-        answer = lambda pixels: raw_features(clip, pixels) @ weight.T + bias
-        return Fitted(self.name, task.class_names, [lambda images: predict(answer, images, clip.image_size)], facts={"labelled images": len(index)} | facts, messages=messages, trace={"search": tried} if tried else {})
+        return Fitted(self.name, task.class_names, [LinearHead(clip, *as_head(probe, len(task.class_names)))], facts={"labelled images": len(index)} | facts, messages=messages, trace={"search": tried} if tried else {})
 
     def _choose(self, s, features, index, labels, seed): # (C, facts, messages, values tried)
         "C by cross-validation inside the labelled images, or the one that is given"

@@ -34,7 +34,7 @@ class Fitted:
     "A fitted method: probabilities for images, and what there is to tell about how it was made"
     method:str # registered name
     class_names:list # C names
-    members:list # functions from an image set to probabilities [n, C]; one, or one per model
+    members:list # functions from an image set to probabilities [n, C], such as the members of `coft.members`; one, or one per model
     settings:dict=field(default_factory=dict) # all settings that were used
     facts:dict=field(default_factory=dict) # what can be said about the run without any label
     messages:list=field(default_factory=list) # sentences that a user should read

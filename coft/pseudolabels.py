@@ -23,8 +23,9 @@ from .core import check_choice, check_flag, check_number, expect_error
 from .data import batches, load_task
 from .fewshot import LearnedContext
 from .filtering import collapse_warning, select_topk, shortened, softmax_probabilities
+from .members import LinearHead
 from .protocol import Fitted, Method, Run, get_method
-from .trainer import OPTIMIZERS, Schedule, predict, train
+from .trainer import OPTIMIZERS, Schedule, train
 
 # %% ../nbs/08d_pseudolabels.ipynb #8d000008
 PROMPT_VIEWS = ("plain", "task", "crop")
@@ -154,12 +155,11 @@ def _fitted(self:PromptLearner,
     P:np.ndarray, # [N, C] what they say of the unlabelled images
 )->Fitted:
     "What the method returns"
-    clip, sizes = self.run.clip, [len(v) for k, v in self.trace.items() if k.endswith("selected_index")]
-    scores = lambda pixels: clip.image_features(pixels) @ head.T / clip.tau
+    sizes = [len(v) for k, v in self.trace.items() if k.endswith("selected_index")]
     facts = {"unlabelled images": len(P), "prompts learned": len(self.contexts), "pseudo-labelled images in each round": ", ".join(map(str, sizes)),
              "labels that are no longer zero-shot's": f"{100 * (P.argmax(1) != self.zero_shot.argmax(1)).mean():.1f} %"}
     trace = {"zero_shot": self.zero_shot} | self.trace | {"histories": self.histories, "contexts": np.stack(self.contexts)}
-    return Fitted(name, self.names, [lambda images: predict(scores, images, clip.image_size)], facts=facts, messages=self.messages, trace=trace)
+    return Fitted(name, self.names, [LinearHead(self.run.clip, head)], facts=facts, messages=self.messages, trace=trace)
 
 PromptLearner.label, PromptLearner.choose, PromptLearner.fitted = _label, _choose, _fitted
 

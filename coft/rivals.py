@@ -17,9 +17,10 @@ from .collaborate import TEMPLATE_SETS, first_labels, templates_of
 from .core import check_choice, check_flag, check_number, expect_error
 from .data import load_task
 from .filtering import select_topk, softmax_probabilities
+from .members import EncoderMember, LinearHead
 from .ours import CoFTX
 from .protocol import METHODS, Fitted, Method, Run, get_method
-from .trainer import EncoderWithHead, Schedule, check_head, predict, train
+from .trainer import EncoderWithHead, Schedule, check_head, train
 
 # %% ../nbs/09_rivals.ipynb #8fba6947
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ class ZeroShot(Method):
     def _fit(self, run):
         clip, task = run.clip, run.task
         head = zero_shot_head(clip, task.class_names, templates_of(task, self.template_set))
-        scores = lambda pixels: clip.image_features(pixels) @ head.T / clip.tau
-        return Fitted(self.name, task.class_names, [lambda images: predict(scores, images, clip.image_size)])
+        return Fitted(self.name, task.class_names, [LinearHead(clip, head)])
 
 class ZeroShotEnsemble(ZeroShot):
     "Frozen CLIP with the average of the task's templates"
@@ -94,7 +94,7 @@ class TopK(Method):
         index, labels = select_topk(P, run.settings.top_k, run.settings.fill_short)
         model, history = fine_tune(run, index, labels, "top-K self-training")
         trace = {"zero_shot": P, "selected_index": index, "selected_labels": labels, "histories": {"top-K self-training": history}}
-        return Fitted(self.name, run.task.class_names, [lambda images: predict(model.logits, images, run.clip.image_size)], trace=trace)
+        return Fitted(self.name, run.task.class_names, [EncoderMember(model)], trace=trace)
 
 # %% ../nbs/09_rivals.ipynb #fadc73e7
 class Supervised(Method):
@@ -103,4 +103,4 @@ class Supervised(Method):
     def _fit(self, run):
         index, labels = run.task.labelled(seed=run.seed)
         model, history = fine_tune(run, index, labels, "supervised")
-        return Fitted(self.name, run.task.class_names, [lambda images: predict(model.logits, images, run.clip.image_size)], trace={"histories": {"supervised": history}})
+        return Fitted(self.name, run.task.class_names, [EncoderMember(model)], trace={"histories": {"supervised": history}})

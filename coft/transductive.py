@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'TransCLIPSettings', 'affinity', 'mixture_scores', 'assign', 'estimate', 'objective', 'transduce',
-           'image_set_features', 'TransCLIP']
+           'image_set_features', 'JointAnswer', 'TransCLIP']
 
 # %% ../nbs/08g_transductive.ipynb #68702646
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from .clip import FrozenCLIP, load_clip, zero_shot_head
 from .collaborate import TEMPLATE_SETS, task_head
 from .core import check_choice, check_flag, check_number, expect_error
 from .data import SomeImages, batches, load_task
+from .members import Member, check_shapes, kept
 from .protocol import Fitted, Method, get_method
 
 # %% ../nbs/08g_transductive.ipynb #74fa5698
@@ -135,14 +136,38 @@ def image_set_features(
     "Features of all images, test view"
     return F.normalize(torch.cat([clip.image_features(pixels).cpu() for _, pixels in batches(images, range(len(images)), 256, clip.image_size)]).double(), dim=-1)
 
+class JointAnswer(Member):
+    "A text head and settings; all images of a call are answered together"
+    kind, why_no_graph = "transductive", "its answer for one image depends on the others of the same call"
+
+    def __init__(self,
+        clip:FrozenCLIP, # the model
+        head:torch.Tensor, # [C, embed_dim] text features, unit length
+        settings:TransCLIPSettings, # weights and schedule
+    ):
+        super().__init__(clip)
+        self.head, self.settings = kept(head, "cpu").double(), settings
+
+    def __call__(self, images):
+        "As `transduce`"
+        return transduce(image_set_features(self.clip, images), self.head, self.clip.tau, self.settings)[0].float().numpy()
+
+    def tensors(self): return {"head": self.head}
+
+    def config(self): return asdict(self.settings)
+
+    @classmethod
+    def restore(cls, clip, class_names, tensors, config):
+        check_shapes("text head", tensors, {"head": (len(class_names), clip.embed_dim)})
+        return cls(clip, tensors["head"], TransCLIPSettings(**config))
+
 class TransCLIP(Method):
     "Joint answers for all images of a call, by a mixture among their features (arXiv 2406.01837, zero-shot)"
     name, Settings, transductive = "transclip", TransCLIPSettings, True
 
     def _fit(self, run):
         clip, task, s = run.clip, run.task, run.settings
-        head = task_head(clip, task, s.template_set).cpu().double()
-        answer = lambda images: transduce(image_set_features(clip, images), head, clip.tau, s)[0].float().numpy()
+        answer = JointAnswer(clip, task_head(clip, task, s.template_set), s)
         facts = {"transductive": "yes, the images of a call are answered together"}
         message = "TransCLIP is transductive: it adapts to the very images that it is asked about, and the answer for one image depends on the others of the same call. Compare it with methods that also see the test images, and ask about the whole set at once."
         return Fitted(self.name, task.class_names, [answer], facts=facts, messages=[message])
