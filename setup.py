@@ -26,7 +26,7 @@ setup(
     ],
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "onnx")},
     # The wheel carries the notebooks as coft/notebooks, so that the main job runs without a checkout.
     packages=[*find_packages(include=["coft", "coft.*"]), "coft.notebooks"],
     package_dir={"coft.notebooks": "nbs"},

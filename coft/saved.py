@@ -112,7 +112,7 @@ def save_fitted(
         with replace_file(folder/RECORDS) as file: file.write_text("".join(json.dumps(r, default=_plain) + "\n" for r in records))
     about["files"] = {p.name: _file_sha256(p) for p in sorted([*folder.glob("member-*.safetensors"), *folder.glob("fallback-*.safetensors"), *folder.glob(RECORDS)])}
     about = json.loads(json.dumps(about, default=_plain))
-    with replace_file(folder/ABOUT) as file: file.write_text(json.dumps(about | dict(digest=_digest(about)), indent=1, sort_keys=True, ensure_ascii=False), encoding="utf-8")
+    with replace_file(folder/ABOUT) as file: file.write_text(json.dumps(about | dict(digest=_digest(about)), indent=1, ensure_ascii=False), encoding="utf-8")
     return folder
 
 # %% ../nbs/12c_saved.ipynb #12c0000a
@@ -123,7 +123,7 @@ def _check_fits(fitted, task):
 
 def _write_tensors(path, tensors, **about):
     from safetensors.torch import save_file
-    with replace_file(path) as file: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file, about | {"coft": __version__})
+    with replace_file(path) as file: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file, {"coft": json.dumps(about | {"version": __version__}, sort_keys=True)})
     return path
 
 # %% ../nbs/12c_saved.ipynb #12c0000d
@@ -221,7 +221,7 @@ def export_open_clip(
         state = m.clip.model.state_dict() | {f"visual.{k}": v for k, v in tower.state_dict().items()}
         paths.append(_write_tensors(folder/f"model-{i}.safetensors", state, model=m.clip.name))
         head = {k.removeprefix("head."): v for k, v in m.tensors().items() if k.startswith("head")}
-        _write_tensors(folder/f"head-{i}.safetensors", head, config=json.dumps(m.config()))
+        _write_tensors(folder/f"head-{i}.safetensors", head, config=m.config())
     return paths
 
 # %% ../nbs/12c_saved.ipynb #12c0001d
@@ -240,8 +240,8 @@ def export_onnx(
     path, # of the file, by custom ending in .onnx
 )->float: # largest difference of a probability between torch and onnxruntime, on random pixels
     "Write the mean of the members as an ONNX graph; `ValueError` where a member has none, or where its answers are not torch's"
-    try: import onnxruntime
-    except ImportError as e: raise ImportError('onnxruntime is not installed, and an export to ONNX is checked with it: pip install "coft[onnx]"') from e
+    try: import onnx, onnxruntime
+    except ImportError as e: raise ImportError(f'{e.name} is not installed, and an export to ONNX needs it: pip install "coft[onnx]"') from e
     members = _fitted_of(result).members
     for m in members:
         if m.why_no_graph: raise ValueError(f"a member of the kind {m.kind!r} cannot be exported to ONNX, because {m.why_no_graph}.")
