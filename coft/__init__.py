@@ -17,6 +17,8 @@ _HOME = {
     "UPL": "pseudolabels", "FPL": "pseudolabels", "IFPL": "pseudolabels", "GRIP": "pseudolabels", "CPL": "pseudolabels", "cpl_settings": "pseudolabels",
     "FixMatch": "consistency", "FixMatchDA": "consistency", "LaFTer": "consistency", "TransCLIP": "transductive",
     "ZeroShot": "rivals", "ZeroShotEnsemble": "rivals", "TopK": "rivals", "Supervised": "rivals",
+    "CoFTClassifier": "estimator", "CoFTPlusClassifier": "estimator", "CraFTClassifier": "estimator", "VLMClassifier": "estimator",
+    "save_fitted": "saved", "load_fitted": "saved", "export_open_clip": "saved", "export_onnx": "saved", "push_saved": "saved", "pull_saved": "saved",
     "Parameters": "experiment", "run_experiment": "experiment", "run_variants": "experiment", "variants_table": "experiment", "published_table": "results",
 }
 __all__ = list(_HOME)

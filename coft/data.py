@@ -34,7 +34,7 @@ class ArrayImages:
         pixels = np.asarray(pixels)
         if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or (pixels.ndim == 4 and pixels.shape[-1] != 3):
             raise ValueError(f"images: uint8 of shape [n, h, w] or [n, h, w, 3] is needed, {pixels.dtype} of shape {list(pixels.shape)} was given.")
-        self.pixels, self._resized = np.require(pixels, requirements="W"), {}
+        self.pixels, self._resized = np.require(pixels, requirements="CW"), {}
 
     def __len__(self): return len(self.pixels)
 
