@@ -131,10 +131,12 @@ def test_ci_finds_the_commands_in_readme():
 
 
 def break_docs(folder):
-    "Plant every kind of defect that the docs check looks for into the checkout `folder`; return what it must say."
+    "Leave only the home page in the checkout `folder` and plant every kind of defect that the docs check looks for; return what it must say."
     path = folder / "nbs/index.ipynb"
+    for other in set((folder / "nbs").rglob("*.ipynb")) - {path}:
+        other.unlink()
     notebook = json.loads(path.read_text(encoding="utf-8"))
-    text = "[file](no_such_page.ipynb) [anchor](#no-such-part) ![picture](images/no_such.png) ![](images/overview.png)"
+    text = "[file](no_such_page.ipynb) [anchor](#no-such-part) ![picture](images/no_such.png) ![](images/overview.png) ![far](https://example.org/far.png) $\\nosuchcommand x$"
     error = {"output_type": "error", "ename": "ValueError", "evalue": "planted", "traceback": []}
     plot = {"output_type": "display_data", "metadata": {}, "data": {"image/png": "iVBORw0KGgo="}}
     notebook["cells"] += [
@@ -147,6 +149,7 @@ def break_docs(folder):
     (folder / "README.md").write_text("[gone](docs/gone.md)\n", encoding="utf-8")
     return ["dead link no_such_page.ipynb", "dead anchor #no-such-part", "missing image images/no_such.png",
             "image images/overview.png has no alt text", "stores an error ('1 / 0')", "image of a code cell has no alt text",
+            "<img> loads https://example.org/far.png from the network", "unknown command \\nosuchcommand",
             "_quarto.yml cannot be read", "README.md: dead link docs/gone.md"]
 
 
