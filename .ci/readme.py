@@ -1,7 +1,8 @@
-"""README.md from the home page nbs/index.ipynb, so that both say the same thing, and the list of pages in both and in the sidebar.
+"""README.md from the home page nbs/index.ipynb, so that both say the same thing; the list of pages in both and in the
+sidebar; and the changelog as a page.
 
     python .ci/readme.py            put the last run's table and picture, the list of pages and the commands of the Makefile
-                                    into the home page; write README.md and nbs/sidebar.yml
+                                    into the home page; write README.md, nbs/sidebar.yml and nbs/reference/changelog.md
     python .ci/readme.py --check    change nothing; fail where one of them is out of step
 """
 import argparse
@@ -16,6 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"(\]\()([^)\s]+)")
+SECTIONS = ["Tutorials", "Reference", "Tables", "Pages", "Modules"]
+CHANGELOG_PAGE = "nbs/reference/changelog.md"
 NOT_A_FILE = re.compile(r"^([a-z][a-z0-9+.-]*:|#|/)", re.IGNORECASE)
 NOT_SHOWN = re.compile(r"^#\|\s*(hide|export|exporti|default_exp)\b", re.MULTILINE)
 
@@ -72,14 +75,14 @@ def page_table(nbs):
 
 
 def sidebar_text(nbs):
-    "The sidebar of the site: the home page, the modules, the other pages, and a section for each folder."
+    "The sidebar of the site: the home page, and in the order of `SECTIONS` the modules, the other pages and each folder."
     sections = {}
     for path in pages(nbs):
         page = path.relative_to(nbs)
         section = page.parts[0].capitalize() if len(page.parts) > 1 else "Modules" if page.name[0].isdigit() else "Pages"
         sections.setdefault(section, []).append(page.as_posix())
     lines = ["# Written by `make readme`.", "website:", "  sidebar:", "    contents:", "      - index.ipynb"]
-    for section, listed in sections.items():
+    for section, listed in sorted(sections.items(), key=lambda entry: SECTIONS.index(entry[0])):
         lines += [f"      - section: {section}", "        contents:", *(f"          - {page}" for page in listed)]
     return "\n".join(lines) + "\n"
 
@@ -90,12 +93,21 @@ def plain_commands(root, target):
     return f"```sh\n{made.stdout.strip()}\n```"
 
 
+def move_links(line, place):
+    "Give every relative link of a Markdown line the target that `place` makes of it."
+    return LINK.sub(lambda found: found[0] if NOT_A_FILE.match(found[2]) else found[1] + place(found[2]), line)
+
+
 def from_root(line, folder):
     "Make the relative links of a Markdown line start at the repository's root instead of `folder`."
-    def move(found):
-        target = found[2]
-        return found[0] if NOT_A_FILE.match(target) else found[1] + posixpath.normpath(posixpath.join(folder, target))
-    return LINK.sub(move, line)
+    return move_links(line, lambda target: posixpath.normpath(posixpath.join(folder, target)))
+
+
+def changelog_text(root):
+    "CHANGELOG.md as a page of the site."
+    title, _, rest = (root / "CHANGELOG.md").read_text(encoding="utf-8").partition("\n")
+    moved = move_links(rest.strip(), lambda target: posixpath.relpath(target, posixpath.dirname(CHANGELOG_PAGE)))
+    return f"<!-- Made from CHANGELOG.md by `make readme`: change that file, not this page. -->\n\n{title}\n\n> What changed for users, and every look at the tasks that only report\n\n{moved}\n"
 
 
 def cell_markdown(cell, folder):
@@ -122,6 +134,7 @@ def update(root, results):
     "Fill the home page from the last run in `results` and write README.md."
     nbs, index = root / "nbs", root / "nbs/index.ipynb"
     notebook = read_notebook(index)
+    (root / CHANGELOG_PAGE).write_text(changelog_text(root), encoding="utf-8")
     fill_block(notebook, "notebooks", page_table(nbs))
     for target in ["demo", "test"]:
         fill_block(notebook, target, plain_commands(root, target))
@@ -138,11 +151,11 @@ def update(root, results):
     write_notebook(index, notebook)
     (root / "README.md").write_text(readme_text(notebook), encoding="utf-8")
     (nbs / "sidebar.yml").write_text(sidebar_text(nbs), encoding="utf-8")
-    print("wrote nbs/index.ipynb, nbs/sidebar.yml and README.md")
+    print(f"wrote nbs/index.ipynb, nbs/sidebar.yml, {CHANGELOG_PAGE} and README.md")
 
 
 def problems(root):
-    "What is out of step between README.md, the home page, the sidebar, the notebooks and the Makefile, as messages."
+    "What is out of step between README.md, the home page, the sidebar, the changelog, the notebooks and the Makefile, as messages."
     notebook = read_notebook(root / "nbs/index.ipynb")
     found = []
     wanted, given = readme_text(notebook), (root / "README.md").read_text(encoding="utf-8")
@@ -153,6 +166,8 @@ def problems(root):
         found.append("the list of notebooks in nbs/index.ipynb differs from the pages in nbs/; run `make readme`")
     if sidebar_text(root / "nbs") != (root / "nbs/sidebar.yml").read_text(encoding="utf-8"):
         found.append("nbs/sidebar.yml differs from the pages in nbs/; run `make readme`")
+    if changelog_text(root) != (root / CHANGELOG_PAGE).read_text(encoding="utf-8"):
+        found.append(f"{CHANGELOG_PAGE} differs from CHANGELOG.md; run `make readme`")
     for target in ["demo", "test"]:
         if plain_commands(root, target) not in wanted:
             found.append(f"the plain commands of `make {target}` in nbs/index.ipynb differ from the Makefile; run `make readme`")
@@ -167,7 +182,7 @@ def main():
     if not options.check:
         return update(ROOT, Path(options.results))
     found = problems(ROOT)
-    print("\n".join(found) or "README.md, the home page, the sidebar and the Makefile are in step")
+    print("\n".join(found) or "README.md, the home page, the sidebar, the changelog and the Makefile are in step")
     sys.exit(bool(found))
 
 
