@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: demo test docs readme clean help
+.PHONY: demo test docs site readme clean help
 
 demo:  ## install into .venv and run the main job
 	$(PYTHON) -m venv .venv
@@ -25,7 +25,13 @@ test:  ## install with the dev extra and run everything that CI runs
 docs:  ## render the pages into _docs and check them (after make test)
 	$(BIN)/python .ci/check_docs.py
 
-readme:  ## put the last results into the home page and write README.md (after make test)
+site:  ## build the pages into _docs with Quarto, as they are published (after make test)
+	$(BIN)/python -c "from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=0)"
+	quarto render _proc --no-execute
+	rm -rf _docs
+	mv _proc/_docs _docs
+
+readme:  ## put the last results into the home page; write README.md, the sidebar and the changelog's page (after make test)
 	$(BIN)/python .ci/readme.py
 
 clean:  ## remove what these commands made, results/ aside

@@ -97,7 +97,8 @@ def check_pages(pages, folder, sources):
 def check_site_files(root):
     "Messages about the YAML files of the site: each parses, and those that one names exist."
     nbs, settings, found = root / "nbs", {}, []
-    for path in [root / "_quarto.yml", nbs / "_quarto.yml", nbs / "nbdev.yml", nbs / "sidebar.yml"]:
+    workflows = sorted((root / ".github/workflows").glob("*.yml"))
+    for path in [root / "_quarto.yml", nbs / "_quarto.yml", nbs / "nbdev.yml", nbs / "sidebar.yml", *workflows]:
         name = path.relative_to(root).as_posix()
         try:
             settings[name] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
