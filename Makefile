@@ -26,12 +26,12 @@ docs:  ## render the pages into _docs and check them (after make test)
 	$(BIN)/python .ci/check_docs.py
 
 site:  ## build the pages into _docs with Quarto, as they are published (after make test)
-	$(BIN)/python -c "from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=0)"
+	$(BIN)/python .ci/render_docs.py
 	quarto render _proc --no-execute
 	rm -rf _docs
 	mv _proc/_docs _docs
 
-readme:  ## put the last results into the home page; write README.md, the sidebar and the changelog's page (after make test)
+readme:  ## put the last results into the home page; write README.md and the sidebar (after make test)
 	$(BIN)/python .ci/readme.py
 
 clean:  ## remove what these commands made, results/ aside

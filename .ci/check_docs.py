@@ -136,6 +136,9 @@ def build(root, out):
         pages = render(processed, names, sidebar(root))
         sources = {html: f"nbs/{page}" for page, html in names.items()}
         found += check_pages(pages, processed, sources) + check_site_files(root)
+        listed = [name for entry in sidebar(root) for name in (entry["contents"] if isinstance(entry, dict) else [entry])]
+        found += [f"nbs/sidebar.yml names {name}, which is no page" for name in listed if name not in names]
+        found += [f"{name} is not in nbs/sidebar.yml; run `make readme`" for name in names if name not in listed]
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(processed, out, ignore=shutil.ignore_patterns(*(f"*{suffix}" for suffix in PAGE_SUFFIXES), "*.yml"))
     for html, soup in pages.items():

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ["nbs", "coft", "_quarto.yml", "settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"]
+PARTS = ["nbs", "coft", "_quarto.yml", "settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"]
 LEFTOVERS = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "_proc", "_docs", ".last_checked")
 
 

@@ -1,8 +1,7 @@
-"""README.md from the home page nbs/index.ipynb, so that both say the same thing; the list of pages in both and in the
-sidebar; and the changelog as a page.
+"""README.md from the home page nbs/index.ipynb, so that both say the same thing, and the list of pages in both and in the sidebar.
 
     python .ci/readme.py            put the last run's table and picture, the list of pages and the commands of the Makefile
-                                    into the home page; write README.md, nbs/sidebar.yml and nbs/reference/changelog.md
+                                    into the home page; write README.md and nbs/sidebar.yml
     python .ci/readme.py --check    change nothing; fail where one of them is out of step
 """
 import argparse
@@ -18,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"(\]\()([^)\s]+)")
 SECTIONS = ["Tutorials", "Reference", "Tables", "Pages", "Modules"]
-CHANGELOG_PAGE = "nbs/reference/changelog.md"
+CHANGELOG_PAGE = "reference/changelog.md" # made when the site is built
 NOT_A_FILE = re.compile(r"^([a-z][a-z0-9+.-]*:|#|/)", re.IGNORECASE)
 NOT_SHOWN = re.compile(r"^#\|\s*(hide|export|exporti|default_exp)\b", re.MULTILINE)
 
@@ -77,8 +76,7 @@ def page_table(nbs):
 def sidebar_text(nbs):
     "The sidebar of the site: the home page, and in the order of `SECTIONS` the modules, the other pages and each folder."
     sections = {}
-    for path in pages(nbs):
-        page = path.relative_to(nbs)
+    for page in [*(path.relative_to(nbs) for path in pages(nbs)), Path(CHANGELOG_PAGE)]:
         section = page.parts[0].capitalize() if len(page.parts) > 1 else "Modules" if page.name[0].isdigit() else "Pages"
         sections.setdefault(section, []).append(page.as_posix())
     lines = ["# Written by `make readme`.", "website:", "  sidebar:", "    contents:", "      - index.ipynb"]
@@ -106,8 +104,8 @@ def from_root(line, folder):
 def changelog_text(root):
     "CHANGELOG.md as a page of the site."
     title, _, rest = (root / "CHANGELOG.md").read_text(encoding="utf-8").partition("\n")
-    moved = move_links(rest.strip(), lambda target: posixpath.relpath(target, posixpath.dirname(CHANGELOG_PAGE)))
-    return f"<!-- Made from CHANGELOG.md by `make readme`: change that file, not this page. -->\n\n{title}\n\n> What changed for users, and every look at the tasks that only report\n\n{moved}\n"
+    moved = move_links(rest.strip(), lambda target: posixpath.relpath(target, posixpath.join("nbs", posixpath.dirname(CHANGELOG_PAGE))))
+    return f"{title}\n\n> What changed for users, and every look at the tasks that only report\n\n{moved}\n"
 
 
 def cell_markdown(cell, folder):
@@ -134,7 +132,6 @@ def update(root, results):
     "Fill the home page from the last run in `results` and write README.md."
     nbs, index = root / "nbs", root / "nbs/index.ipynb"
     notebook = read_notebook(index)
-    (root / CHANGELOG_PAGE).write_text(changelog_text(root), encoding="utf-8")
     fill_block(notebook, "notebooks", page_table(nbs))
     for target in ["demo", "test"]:
         fill_block(notebook, target, plain_commands(root, target))
@@ -151,11 +148,11 @@ def update(root, results):
     write_notebook(index, notebook)
     (root / "README.md").write_text(readme_text(notebook), encoding="utf-8")
     (nbs / "sidebar.yml").write_text(sidebar_text(nbs), encoding="utf-8")
-    print(f"wrote nbs/index.ipynb, nbs/sidebar.yml, {CHANGELOG_PAGE} and README.md")
+    print("wrote nbs/index.ipynb, nbs/sidebar.yml and README.md")
 
 
 def problems(root):
-    "What is out of step between README.md, the home page, the sidebar, the changelog, the notebooks and the Makefile, as messages."
+    "What is out of step between README.md, the home page, the sidebar, the notebooks and the Makefile, as messages."
     notebook = read_notebook(root / "nbs/index.ipynb")
     found = []
     wanted, given = readme_text(notebook), (root / "README.md").read_text(encoding="utf-8")
@@ -166,8 +163,6 @@ def problems(root):
         found.append("the list of notebooks in nbs/index.ipynb differs from the pages in nbs/; run `make readme`")
     if sidebar_text(root / "nbs") != (root / "nbs/sidebar.yml").read_text(encoding="utf-8"):
         found.append("nbs/sidebar.yml differs from the pages in nbs/; run `make readme`")
-    if changelog_text(root) != (root / CHANGELOG_PAGE).read_text(encoding="utf-8"):
-        found.append(f"{CHANGELOG_PAGE} differs from CHANGELOG.md; run `make readme`")
     for target in ["demo", "test"]:
         if plain_commands(root, target) not in wanted:
             found.append(f"the plain commands of `make {target}` in nbs/index.ipynb differ from the Makefile; run `make readme`")
@@ -182,7 +177,7 @@ def main():
     if not options.check:
         return update(ROOT, Path(options.results))
     found = problems(ROOT)
-    print("\n".join(found) or "README.md, the home page, the sidebar, the changelog and the Makefile are in step")
+    print("\n".join(found) or "README.md, the home page, the sidebar and the Makefile are in step")
     sys.exit(bool(found))
 
 

@@ -2,6 +2,8 @@
 
 A page needs nothing from the network: formulas are MathML, and style and pictures lie in the page or beside it.
 It is light or dark as the reader's system is, and fits a phone.
+
+    python .ci/render_docs.py       leave the prepared pages in _proc, where Quarto finds them
 """
 import json
 import re
@@ -14,11 +16,12 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import yaml
 from bs4 import BeautifulSoup
-from checkout import run_python
+from checkout import ROOT, run_python
 from jinja2 import pass_context
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from readme import CHANGELOG_PAGE, changelog_text
 
 PAGE_SUFFIXES = {".ipynb", ".md", ".qmd"}
 FRONT_MATTER = re.compile(r"^---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
@@ -33,11 +36,14 @@ ALL_PAGES = "all-pages"
 # ---- reading
 
 def process_notebooks(copy):
-    "Let nbdev prepare the pages of the checkout `copy`; return the folder with the prepared pages."
+    "Let nbdev prepare the pages of the checkout `copy`, and add the changelog; return the folder with the prepared pages."
     done = run_python("from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=0)", copy)
     if done.returncode:
         sys.exit(f"nbdev could not prepare the pages; the cell that it names fails:\n{done.stderr}")
-    return copy / "_proc"
+    prepared = copy / "_proc"
+    (prepared / CHANGELOG_PAGE).parent.mkdir(exist_ok=True)
+    (prepared / CHANGELOG_PAGE).write_text(changelog_text(copy), encoding="utf-8")
+    return prepared
 
 
 def load_page(path):
@@ -227,3 +233,7 @@ def render(folder, names, contents):
                 up = "../" * html.count("/")
                 link["href"] = up + names[target] + (f"#{anchor}" if anchor else "")
     return pages
+
+
+if __name__ == "__main__":
+    print(f"the pages are prepared in {process_notebooks(ROOT).relative_to(ROOT)}")
