@@ -38,33 +38,33 @@ JUDGES = ("peer", "self", "nobody", "confidence")
 class CoFTSettings:
     "Settings of CoFT; the defaults are the `paper` preset"
     template_set:str="coop" # first labels: one of `TEMPLATE_SETS` (paper: one hand-written template; inferred: CoOp's)
-    top_k:int=16 # K, images per class in S* (inferred)
-    fill_short:bool=True # complete classes with fewer than K predictions (inferred from |S*| = C K)
-    n_context:int=16 # M, learnable vectors per prompt (inferred)
-    context_std:float=0.02 # of their initial numbers (inferred)
+    top_k:int=16 # K, images per class in S* (inferred: as in UPL and FPL; no number is given)
+    fill_short:bool=True # complete classes with fewer than K predictions (inferred: the paper's S* has C K images)
+    n_context:int=16 # M, learnable vectors per prompt (inferred: the sister paper and DeFT)
+    context_std:float=0.02 # of their initial numbers (inferred: DeFT)
     light_module:str="visual_prompt" # what is tuned in the image tower, one of `LIGHT_MODULES` (paper: visual prompt tokens)
-    n_visual:int=20 # M_v, learnable visual tokens (inferred)
-    visual_depth:str="deep" # "deep" or "shallow" (inferred)
+    n_visual:int=20 # M_v, learnable visual tokens (inferred: the sister paper and DeFT)
+    visual_depth:str="deep" # "deep" or "shallow" (inferred: DeFT; the wording reads as shallow)
     lora_rank:int=4 # with light_module="lora" (ours)
     adapter_width:int=16 # with light_module="adapter" (ours)
-    l2_weight:float=1.0 # lambda, weight of L2 (inferred)
-    l2_grad:str="full" # who learns from L2: "full" (paper, literal), "neg_visual", "neg_only"
-    phase1_optimizer:str="sgd" # (inferred)
-    phase1_lr:float=0.01 # (inferred)
-    phase1_epochs:int=20 # (inferred)
-    phase1_batch_size:int=64 # (inferred)
-    phase1_weight_decay:float=5e-4 # (inferred)
+    l2_weight:float=1.0 # lambda, weight of L2 (inferred: DeFT adds both losses unweighted)
+    l2_grad:str="full" # who learns from L2: "full" (paper: read literally), "neg_visual", "neg_only" as in DeFT
+    phase1_optimizer:str="sgd" # of Phase I (inferred: the sister paper)
+    phase1_lr:float=0.01 # first learning rate, cosine to 0 (inferred: the middle of the sister paper's grid; DeFT 0.03)
+    phase1_epochs:int=20 # passes over S* (inferred: of the sister paper's grid, 10 or 20)
+    phase1_batch_size:int=64 # images per step (inferred: DeFT)
+    phase1_weight_decay:float=5e-4 # of the optimiser (inferred: DeFT)
     judge:str="peer" # who accepts labels: the "peer" (paper); for ablations the model "self", "nobody" (all pass), or "confidence" (the more confident half)
-    strict_filter:bool=False # the accepted label must also have the judge's largest p_clean (inferred: off)
-    head_init:str="random" # of Phase II: "random" or "text" (inferred)
+    strict_filter:bool=False # the accepted label must also have the judge's largest p_clean (inferred: off; DeFT has it for real noise)
+    head_init:str="random" # of Phase II: "random" or "text" (inferred: DeFT)
     head_input:str="projected" # of Phase II: "projected" (paper) or "pre_proj"
-    phase2_optimizer:str="sgd" # (inferred)
-    phase2_lr:float=5e-4 # (inferred)
-    phase2_epochs:int=10 # (inferred)
-    phase2_batch_size:int=64 # (inferred)
-    phase2_weight_decay:float=5e-4 # (inferred)
-    label_model:str="" # CLIP of Phase I and filtering, for distillation (Table 3); empty for the model itself
-    label_pretrained:str="" # its weights, as in `load_clip`
+    phase2_optimizer:str="sgd" # of Phase II (inferred: DeFT)
+    phase2_lr:float=5e-4 # first learning rate, cosine to 0 (inferred: DeFT)
+    phase2_epochs:int=10 # passes over the accepted images, with contrast over all (inferred: DeFT)
+    phase2_batch_size:int=64 # images per step (inferred: DeFT)
+    phase2_weight_decay:float=5e-4 # of the optimiser (inferred: DeFT)
+    label_model:str="" # CLIP of Phase I and filtering, for distillation; empty for the model itself (paper: Table 3)
+    label_pretrained:str="" # its weights, as in `load_clip` (ours)
 
     rounds, rank_by, contrastive = 1, "confidence", False # what CoFT+ makes settings of
 
@@ -335,15 +335,15 @@ RANKINGS, CONTRAST_VIEWS, LABEL_VIEWS = ("confidence", "p_clean"), ("moco", "tas
 class CoFTPlusSettings(CoFTSettings):
     "Settings of CoFT+; the defaults are the `paper` preset"
     template_set:str="llm" # first labels: templates that a language model wrote (paper); "coop" switches them off
-    rounds:int=3 # R, runs of Phase I (inferred); 1 switches rounds off
-    rank_by:str="confidence" # which images a round takes: largest softmax (paper), or "p_clean" (the authors' neighbouring paper)
+    rounds:int=3 # R, runs of Phase I; 1 switches rounds off (inferred: no number is given, and a round is cheap)
+    rank_by:str="confidence" # which images a round takes: largest softmax (paper), or "p_clean" as in the sister paper
     contrastive:bool=True # momentum contrast in Phase II (paper)
-    gamma:float=0.1 # weight of the contrast (inferred)
-    momentum:float=0.999 # mu of the slow copy (inferred)
-    contrast_tau:float=0.07 # temperature of the contrast (inferred)
-    queue:int=0 # features in the queue; 0 for min(4096, N/2) (inferred)
-    contrast_views:str="moco" # random resized crops and colours (inferred), or views as the "task" makes them
-    label_view:str="contrast" # what the labels see: the first contrast view (inferred), or a "weak" third one
+    gamma:float=0.1 # weight of the contrast (inferred: small, since contrast pushes images of one class apart)
+    momentum:float=0.999 # mu of the slow copy (inferred: MoCo)
+    contrast_tau:float=0.07 # temperature of the contrast (inferred: MoCo v1)
+    queue:int=0 # features in the queue; 0 for min(4096, N/2) (inferred: MoCo's 65,536 exceed most of these data sets)
+    contrast_views:str="moco" # random resized crops and colours, or views as the "task" makes them (inferred: MoCo v2 with softer crops)
+    label_view:str="contrast" # what the labels see: the first contrast view, or a "weak" third one (inferred: no third forward pass)
 
     def __post_init__(self):
         super().__post_init__()
@@ -376,7 +376,7 @@ class CoFTPlusPhase1(CoFTPhase1):
 @dataclass(frozen=True)
 class CoFTSemiSettings(CoFTSettings):
     "Settings of CoFT with a few labelled images"
-    shots:int=16 # labelled images per class
+    shots:int=16 # labelled images per class (paper: 2 to 16)
 
     def __post_init__(self):
         super().__post_init__()
@@ -385,7 +385,7 @@ class CoFTSemiSettings(CoFTSettings):
 @dataclass(frozen=True)
 class CoFTPlusSemiSettings(CoFTPlusSettings):
     "Settings of CoFT+ with a few labelled images"
-    shots:int=16 # labelled images per class
+    shots:int=16 # labelled images per class (paper: 2 to 16)
 
     def __post_init__(self):
         super().__post_init__()

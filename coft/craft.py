@@ -168,7 +168,7 @@ TRAININGS = ("alternating", "sequential")
 @dataclass(frozen=True)
 class CraFTSettings:
     "Settings of CraFT; the defaults are the `paper` preset"
-    shots:int=16 # labelled images per class
+    shots:int=16 # labelled images per class, 1 to 16 (code)
     budget:int=8000 # prompt candidates in all: with 16 and 8 shots 8000, with 4 and 2 4000, with 1 2000 (code)
     population:int=40 # candidates per generation (code)
     intrinsic_dim:int=512 # size of z (paper)
@@ -176,21 +176,21 @@ class CraFTSettings:
     bound:float=5.0 # of z; 0 for none (code, by data set)
     projection_std:float=0.2 # of A; 0 for torch's default (code, by data set)
     prompt_start:str="a photo of a" # p_0 (code)
-    readout:str="sample_mean" # one of `READOUTS` (code; "mean" inferred)
-    generate:bool=True # search the prompt
-    refine:bool=True # train the refiner
+    readout:str="sample_mean" # one of `READOUTS`; "mean" is not the authors' (code)
+    generate:bool=True # search the prompt (paper)
+    refine:bool=True # train the refiner (paper)
     hidden:int=256 # units of the refiner (code)
     refine_lr:float=1e-3 # of Adam (code)
-    refine_batch_size:int=256 # (code, by data set)
+    refine_batch_size:int=256 # images per step of the refiner (code, by data set)
     weight:float=0.1 # lambda, of the consistency (code, by data set)
     weight_share:int=4 # n: in the refinement the consistency lasts for budget / n (code, by data set)
-    kl_fitness:bool=True # consistency in the fitness
-    kl_refine:bool=True # consistency in the refinement
-    kl_direction:str="code" # of the fitness: "code", or "text" as the reviewed version writes it (Q2)
-    training:str="alternating" # the two modules take turns (paper), or "sequential": the whole search first, then the refiner
-    views:str="crop" # random resized crops of half the image or more, mirrored (code), or as the "task" makes them
-    compat_raw_features:bool=False # train the refiner on scores of features that are not normalised, as the official code does (Q1)
-    log_every:int=0 # generations between two snapshots of prompt and refiner in the trace; 0 for none
+    kl_fitness:bool=True # consistency in the fitness, never switched off (code: Q3)
+    kl_refine:bool=True # consistency in the refinement (paper)
+    kl_direction:str="code" # of the fitness: "code", or "text" as the reviewed version writes it (code: Q2)
+    training:str="alternating" # the two modules take turns, or "sequential": the whole search first, then the refiner (paper)
+    views:str="crop" # random resized crops of half the image or more, mirrored, or as the "task" makes them (code)
+    compat_raw_features:bool=False # train the refiner on scores of features that are not normalised, as the official code does (inferred: off, Q1)
+    log_every:int=0 # generations between two snapshots of prompt and refiner in the trace; 0 for none (ours)
 
     def __post_init__(self):
         for name in ("shots", "population", "intrinsic_dim", "hidden", "refine_batch_size", "weight_share"): check_number(name, getattr(self, name), low=1, integer=True)
