@@ -171,7 +171,7 @@ def _restore(about, folder, class_names, clip, others):
     for m in about["members"]:
         if m["kind"] not in MEMBER_KINDS: raise ValueError(f"{ABOUT}: the kind of member {m['kind']!r} is not known. Known: {', '.join(sorted(MEMBER_KINDS))}; import the module that defines it first.")
         try: members.append(MEMBER_KINDS[m["kind"]].restore(clip if m["clip"] is None else others(m["clip"]), class_names, load_file(folder/m["file"]), m["config"]))
-        except ValueError as e: raise ValueError(f"{m['file']}: it does not fit {about['method']!r} as {ABOUT} tells it. {e}") from e
+        except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{m['file']}: it does not fit {about['method']!r} as {ABOUT} tells it. {e if isinstance(e, ValueError) else repr(e)}") from e
     return Fitted(about["method"], class_names, members, **{k: about[k] for k in ("settings", "facts", "messages")})
 
 # %% ../nbs/12c_saved.ipynb #12c0000f

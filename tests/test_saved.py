@@ -234,6 +234,11 @@ def test_tensors_that_do_not_fit_are_refused(folder):
     assert "member-1.safetensors" in said and "tokens is expected as [5, 3, 96] and found as [5, 2, 96]" in said
 
 
+def test_a_member_without_its_values_is_refused(folder):
+    rewrite(folder, lambda about: about["members"][1].update(config={"module": "visual_prompt"}))
+    assert "member-2.safetensors: it does not fit 'coft-phase1'" in message_of(load_fitted, folder)
+
+
 def test_a_kind_that_nobody_knows_is_refused(folder):
     rewrite(folder, lambda about: about["members"][0].update(kind="pickle"))
     assert "'pickle' is not known" in message_of(load_fitted, folder)
@@ -275,6 +280,18 @@ def test_open_clip_loads_what_is_exported(name, more, fit, clip, task, tmp_path)
             v = net.encode_image(clip.normalize(task.test.batch(range(10), 24)), normalize="pre_proj" not in more.values())
         scores = v @ head["head"].T / clip.tau if "head" in head else v @ head["weight"].T + head["bias"]
         assert np.allclose(scores.softmax(-1), fitted.members[i](task.test)[:10], atol=1e-4)
+
+
+def test_load_clip_loads_what_is_exported(tmp_path):
+    clip = load_clip("photos", "random")
+    module = build_light_module("lora", clip)
+    for pair in module.pairs:
+        torch.nn.init.normal_(pair.B, std=0.5, generator=torch.Generator().manual_seed(0))
+    fitted = Fitted("coft-phase1", ["cat", "dog"], [LightMember(clip, module, torch.eye(2, clip.embed_dim))])
+    again = load_clip("photos", str(export_open_clip(fitted, tmp_path)[0]))
+    pixels = torch.rand(2, 3, clip.image_size, clip.image_size)
+    expected = torch.nn.functional.normalize(module(clip.normalize(pixels)), dim=-1).detach()
+    assert torch.allclose(again.image_features(pixels), expected, atol=1e-5) and not torch.allclose(clip.image_features(pixels), expected, atol=1e-2)
 
 
 def test_only_towers_of_their_own_are_exported(fit, tmp_path):
