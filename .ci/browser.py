@@ -4,14 +4,15 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from queue import Empty, Queue
+from queue import Queue
 from threading import Thread
 
 PHONE, DESKTOP = 390, 1280
-PATIENCE = 300
+PATIENCE = 300 # seconds
 VISITOR = """<!DOCTYPE html><meta charset="utf-8"><title>visitor</title><iframe id="frame" height="844"></iframe><script>
 const frame = document.getElementById("frame"), sights = []
 const open = (page, width) => new Promise(done => { frame.width = width; frame.onload = done; frame.src = page })
@@ -81,7 +82,7 @@ def opened(url):
         command = [chromium(), "--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", f"--user-data-dir={profile}", *rights, url]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            yield
+            yield process
         finally:
             process.terminate()
             process.wait(30)
@@ -90,16 +91,21 @@ def opened(url):
 def look_at(folder, pages, widths=(PHONE, DESKTOP)):
     "What Chromium sees on every one of `pages` below `folder` at every width, as dictionaries."
     reports = Queue()
-    with served(folder, VISITOR % (json.dumps(sorted(pages)), json.dumps(widths)), reports) as address, opened(f"{address}/visitor"):
-        return reports.get(timeout=PATIENCE)
+    with served(folder, VISITOR % (json.dumps(sorted(pages)), json.dumps(widths)), reports) as address, opened(f"{address}/visitor") as process:
+        late = time.monotonic() + PATIENCE
+        while reports.empty():
+            if process.poll() is not None or time.monotonic() > late:
+                raise TimeoutError(f"Chromium did not get through {len(pages)} page(s); it {'ended by itself' if process.poll() is not None else f'took more than {PATIENCE} s'}")
+            time.sleep(0.1)
+        return reports.get()
 
 
 def check_sights(folder, pages, sources):
     "Messages about pages that must be moved sideways, and pictures that are not shown."
     try:
         sights = look_at(folder, pages)
-    except Empty:
-        return [f"Chromium did not get through {len(pages)} pages in {PATIENCE} s"]
+    except TimeoutError as error:
+        return [str(error)]
     found = []
     for sight in sights:
         where = f"{sources[sight['page']]}: at {sight['width']} pixels"

@@ -1,4 +1,6 @@
 "Pages as a reader's browser shows them."
+import shutil
+
 import nbformat
 import pytest
 from browser import PHONE, check_sights, chromium, look_at
@@ -38,6 +40,11 @@ def test_long_tables_formulas_code_and_pictures_fit_a_phone(tmp_path):
     (out / "index.html").write_text(str(pages["index.html"]), encoding="utf-8")
     sight, = look_at(out, pages, [PHONE])
     assert sight["sideways"] == 0 and not sight["broken"]
+
+
+def test_a_browser_that_ends_by_itself_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("browser.chromium", lambda: shutil.which("false"))
+    assert check_sights(tmp_path, ["a.html"], {}) == ["Chromium did not get through 1 page(s); it ended by itself"]
 
 
 def test_a_page_needs_no_network_and_has_formulas_without_scripts(tmp_path):
