@@ -105,6 +105,12 @@ def test_notebooks_name_a_kernel_that_every_machine_has():
     assert not wrong, f"the kernelspec of these notebooks is not 'python3': {wrong}"
 
 
+def test_no_two_cells_of_a_notebook_have_one_name():
+    ids = {name: [cell["id"] for cell in json.loads(text)["cells"]] for name, text in notebooks(ROOT).items()}
+    twice = {name: sorted({i for i in found if found.count(i) > 1}) for name, found in ids.items() if len(found) > len(set(found))}
+    assert not twice, f"cell ids stand twice in {twice}; give the later cell another"
+
+
 def test_notebooks_name_no_path_of_a_machine():
     named = {name: sorted(set(MACHINE_PATH.findall(text))) for name, text in notebooks(ROOT).items()}
     named = {name: found for name, found in named.items() if found}
