@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stream_key', 'generator', 'uniforms', 'torch_generator', 'check_choice', 'check_number', 'check_flag', 'as_list',
-           'expect_error', 'check_class_names', 'replace_file', 'sha256_of', 'read_json']
+           'expect_error', 'printable', 'counted', 'check_class_names', 'replace_file', 'sha256_of', 'read_json']
 
 # %% ../nbs/00_core.ipynb #555ec583
 import hashlib, json, math, os, tempfile
@@ -106,6 +106,21 @@ def expect_error(kind=Exception):
     try: yield
     except kind as e: print(f"{type(e).__name__}: {e}")
     else: raise AssertionError(f"expected {kind.__name__}, but nothing was raised")
+
+# %% ../nbs/00_core.ipynb #c0e5a001
+def printable(
+    text:str, # such as a file name, which may hold anything
+)->str:
+    "What may be shown in a terminal: no control character, nothing that cannot be encoded"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+def counted(
+    n:int, # how many
+    thing:str, # one of them
+)->str:
+    "With the noun in the right number, e.g. `1 file`, `2 files`"
+    return f"{n} {thing}{'' if n == 1 else 's'}"
+
 
 # %% ../nbs/00_core.ipynb #87945f37
 def check_class_names(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INFO', 'DATASETS', 'SECOND_NAMES', 'CIFAR_CROP', 'COOP_GUIDE', 'NOISY_LABELS', 'SMALL_TEMPLATES', 'COOP_TEMPLATES',
-           'MISSING', 'READERS', 'DataSet', 'Listing', 'read_split', 'read_aircraft', 'read_class_names',
+           'MISSING', 'READERS', 'DataSet', 'Listing', 'read_split', 'read_aircraft', 'read_imagenet_names',
            'read_imagenet', 'read_imagenet_test', 'cifar_split', 'read_noisy_labels', 'cifar_task', 'Tables',
            'read_tables', 'held_out_classes', 'only_classes', 'table_part', 'table_task', 'check_templates',
            'llm_templates', 'llm_request', 'read_descriptions', 'find_root', 'dataset_task']
@@ -87,7 +87,7 @@ def read_aircraft(
 # %% ../nbs/02b_datasets.ipynb #5eee30d3
 SECOND_NAMES = {"n04008634": "projectile", "n04356056": "dark glasses"} # WordNet number -> name, where CLIP's is taken
 
-def read_class_names(
+def read_imagenet_names(
     path, # `classnames.txt`: a WordNet number and a name per line
 )->dict: # WordNet number -> name, in the order of ImageNet's labels
     "ImageNet's class names; a name that is taken gives way to the one in `SECOND_NAMES`"
@@ -108,7 +108,7 @@ def read_imagenet(
     root:Path, # the data root
 )->Listing:
     "ImageNet: `images/train`, and `images/val` as the test split"
-    base, names = _image_folder(info, root), read_class_names(_file(info, root))
+    base, names = _image_folder(info, root), read_imagenet_names(_file(info, root))
     train, test = ([pair for k, wnid in enumerate(names) for pair in _of_class(base/s/wnid, k)] for s in ("train", "val"))
     return Listing(list(names.values()), train, test, base)
 
@@ -117,7 +117,7 @@ def read_imagenet_test(
     root:Path, # the data root
 )->Listing:
     "A test set of ImageNet: the classes are those that have a folder"
-    base, names = _image_folder(info, root), read_class_names(_file(info, root))
+    base, names = _image_folder(info, root), read_imagenet_names(_file(info, root))
     by_number = (base/"0").is_dir()
     folders = {wnid: base/(str(k) if by_number else wnid) for k, wnid in enumerate(names)}
     present = [wnid for wnid, folder in folders.items() if folder.is_dir()]

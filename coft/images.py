@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRIP', 'PASSING', 'REMEMBER_FROM', 'SUFFIXES', 'to_8_bit', 'to_rgb', 'TooManyPixels', 'open_image', 'read_image',
-           'clip_view', 'inspect', 'inspect_all', 'FileImages', 'readable', 'label_indices', 'Part', 'make_task',
-           'decode_all', 'make_small_task', 'walk_images', 'image_files', 'task_from_folder', 'read_table',
+           'clip_view', 'inspect', 'inspect_all', 'FileImages', 'readable', 'label_indices', 'plain_name', 'Part',
+           'make_task', 'decode_all', 'make_small_task', 'walk_images', 'image_files', 'task_from_folder', 'read_table',
            'task_from_table', 'task_from_arrays', 'task_from_dataset']
 
 # %% ../nbs/02a_images.ipynb #b26ff0af
@@ -256,12 +256,14 @@ def label_indices(
         wrong = [l for l in labels if not 0 <= l < len(class_names)]
         if wrong: raise ValueError(f"label {wrong[0]} was given; with {len(class_names)} class names the labels go from 0 to {len(class_names) - 1}.")
         return np.array(labels, dtype=np.int64)
-    number = {_plain(n): k for k, n in enumerate(class_names)}
-    wrong = [l for l in labels if not isinstance(l, str) or _plain(l) not in number]
+    number = {plain_name(n): k for k, n in enumerate(class_names)}
+    wrong = [l for l in labels if not isinstance(l, str) or plain_name(l) not in number]
     if wrong: raise ValueError(f"label {wrong[0]!r} is none of the {len(class_names)} class names ({', '.join(map(str, list(class_names)[:5]))}{', ...' if len(class_names) > 5 else ''}). Correct the label, add the class, or leave the row out.")
-    return np.array([number[_plain(l)] for l in labels], dtype=np.int64)
+    return np.array([number[plain_name(l)] for l in labels], dtype=np.int64)
 
-def _plain(name): return " ".join(name.replace("_", " ").lower().split())
+def plain_name(name:str)->str:
+    "How names are compared: upper and lower case, `_` and space read the same"
+    return " ".join(name.replace("_", " ").lower().split())
 
 # %% ../nbs/02a_images.ipynb #0a8e9c9a
 @dataclass(frozen=True)
@@ -409,8 +411,8 @@ def _training_folder(folder):
     return folder/"train"
 
 def _ask_about(strays, folder, class_names):
-    inside = {_plain(f.relative_to(folder).parts[0]) for f in image_files(folder) if f.parent != folder}
-    if inside & {_plain(n) for n in class_names or ()} or (inside and class_names is None):
+    inside = {plain_name(f.relative_to(folder).parts[0]) for f in image_files(folder) if f.parent != folder}
+    if inside & {plain_name(n) for n in class_names or ()} or (inside and class_names is None):
         raise ValueError(f"labels: {folder} holds class sub-folders and, beside them, {len(strays)} image(s), the first being {strays[0].name}. Say labels=True to leave those out, or labels=False if sub-folders are no classes.")
     return False
 
@@ -418,8 +420,8 @@ def _classes_of(folder, class_names):
     found = sorted({f.relative_to(folder).parts[0] for f in image_files(folder)})
     if isinstance(class_names, Mapping): return dict(class_names)
     if class_names is None: return {f: f.replace("_", " ") for f in found}
-    known = {_plain(n): n for n in class_names}
-    return {f: known[_plain(f)] for f in found if _plain(f) in known}
+    known = {plain_name(n): n for n in class_names}
+    return {f: known[plain_name(f)] for f in found if plain_name(f) in known}
 
 # %% ../nbs/02a_images.ipynb #3f1d2787
 def read_table(

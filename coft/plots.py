@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TRACE_KEYS', 'BLUE', 'ORANGE', 'LINES', 'BARS', 'OTHER', 'RunView', 'class_quality', 'plot_class_quality',
            'judged_labels', 'in_bins', 'plot_clean_histogram', 'plot_selection_by_confidence', 'Reliability',
-           'reliability', 'plot_reliability', 'confusion_percent', 'plot_confusion', 'image_groups', 'evenly_spaced',
-           'plot_images', 'plot_accuracies', 'accuracy_summary', 'plot_curves', 'plot_time', 'save_figure']
+           'reliability', 'calibration', 'plot_reliability', 'confusion_percent', 'plot_confusion', 'image_groups',
+           'evenly_spaced', 'plot_images', 'plot_accuracies', 'accuracy_summary', 'plot_curves', 'plot_time',
+           'save_figure']
 
 # %% ../nbs/11_plots.ipynb #37a619cd
 import textwrap
@@ -224,7 +225,14 @@ def reliability(
     bins:int=10, # of equal width over 0..1
 )->Reliability:
     "How often predictions of each confidence are right"
-    confidence, right = probabilities.max(1), probabilities.argmax(1) == truth
+    return calibration(probabilities.max(1), probabilities.argmax(1) == truth, bins)
+
+def calibration(
+    confidence:np.ndarray, # [n] of predictions, 0..1
+    right:np.ndarray, # [n] bool
+    bins:int=10, # of equal width over 0..1
+)->Reliability:
+    "As `reliability`, from the predictions alone"
     place = in_bins(confidence, bins)
     count = np.bincount(place, minlength=bins)
     return Reliability(*(np.divide(np.bincount(place, x, bins), count, out=np.full(bins, np.nan), where=count > 0) for x in (confidence, right)), count)

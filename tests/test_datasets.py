@@ -13,7 +13,7 @@ import torch
 import torchvision
 from coft import load_task, register_task
 from coft.data import TASKS, ArrayImages, Augmentation, batches
-from coft.datasets import (CIFAR_CROP, DATASETS, INFO, SECOND_NAMES, Listing, check_templates, llm_request, llm_templates, read_class_names,
+from coft.datasets import (CIFAR_CROP, DATASETS, INFO, SECOND_NAMES, Listing, check_templates, llm_request, llm_templates, read_imagenet_names,
                            held_out_classes, read_descriptions, read_noisy_labels, read_split)
 from coft.images import task_from_table
 from coft.results import published_table
@@ -366,7 +366,7 @@ def test_facts_are_those_of_the_papers_table():
 
 def test_imagenet_names_are_told_apart(tmp_path):
     (tmp_path / "classnames.txt").write_text("".join(f"{w} {n}\n" for w, n in WNIDS.items()))
-    names = read_class_names(tmp_path / "classnames.txt")
+    names = read_imagenet_names(tmp_path / "classnames.txt")
     assert len(set(names.values())) == 5 and names["n03773504"] == "missile" and set(SECOND_NAMES) <= set(names)
 
 
