@@ -167,7 +167,7 @@ def image_table(
         if f"accepted_{g}" not in fitted.trace: continue
         labels, accepted, clean, P = (fitted.trace[f"{k}_{g}"] for k in ("labels", "accepted", "p_clean", "phase1_probabilities"))
         said |= {f"label_{g}": called[labels], f"confidence_{g}": P.max(1), f"p_clean_{g}": clean, f"accepted_{g}": accepted.astype(bool)}
-    return pd.DataFrame({"path": names} | said).round(6)
+    return pd.DataFrame({"path": pd.Series(names, dtype=object)} | said).round(6)
 
 # %% ../nbs/12e_adapt.ipynb #a5ad0023
 FEW, HALF = 0.2, 0.5 # shares from which on something is a sign

@@ -8,7 +8,7 @@ __all__ = ['EXIT_CODES', 'SOME_ASIDE', 'app', 'SET', 'QUIET', 'JSON', 'DEVICE', 
            'check_folder', 'main', 'doctor', 'adapt', 'predict', 'evaluate', 'report', 'reproduce', 'serve']
 
 # %% ../nbs/13_cli.ipynb #06b75232
-import json, os, sys
+import json, os, sys, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,7 +107,16 @@ SOME_ASIDE = EXIT_CODES.replace("130", "3 done, but some files could not be read
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, epilog=EXIT_CODES)
 
 @app.callback()
-def main(): "Adapt CLIP-like vision-language models to a folder of images without a single human label."
+def main():
+    """Adapt CLIP-like vision-language models to a folder of images without a single human label.
+
+    \b
+    coft adapt photos --classes classes.txt --out model
+    coft predict model photos --out predictions.csv
+    coft evaluate model labelled
+    coft report model
+    """
+    warnings.filterwarnings("ignore", "Image size") # Pillow's, of images that are refused with a line of our own
 
 @contextmanager
 def _messages(

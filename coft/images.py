@@ -155,7 +155,7 @@ def _remember(found):
     if len(found) < REMEMBER_FROM: return
     try:
         ledger = _ledger()
-        with ledger: ledger.executemany("insert or replace into inspected values (?, ?, ?, ?, ?)", [(*k, *v) for k, v in found.items()])
+        with ledger: ledger.executemany("insert or replace into inspected values (?, ?, ?, ?, ?)", [(*k, *v) for k, v in found.items() if k[0].encode("utf-8", "ignore").decode() == k[0]])
         ledger.close()
     except (OSError, sqlite3.Error): pass
 

@@ -82,10 +82,10 @@ body { margin: 0 auto; padding: 1rem; max-width: 60rem; background: var(--paper)
 h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 .soft { color: var(--soft); font-size: .9rem; }
 .numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .5rem; padding: 0; list-style: none; }
-.numbers li { border: 1px solid var(--line); border-radius: .4rem; padding: .5rem .7rem; } .numbers b { display: block; font-size: 1.4rem; }
+.numbers li { border: 1px solid var(--line); border-radius: .4rem; padding: .5rem .7rem; } .numbers b { display: block; font-size: 1.25rem; white-space: nowrap; }
 .warning { background: var(--warn); border-left: .3rem solid var(--orange); padding: .5rem .8rem; margin: .5rem 0; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; } th { overflow-wrap: normal; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 details { border-bottom: 1px solid var(--line); padding: .4rem 0; } summary { cursor: pointer; font-weight: 600; }
 .row { display: flex; flex-wrap: wrap; gap: .5rem; margin: .3rem 0 .8rem; } figure { margin: 0; width: 6rem; }
 figure img { width: 6rem; height: 6rem; object-fit: contain; background: #8884; border-radius: .25rem; image-rendering: auto; } figure img.small { image-rendering: pixelated; }
@@ -132,7 +132,7 @@ def write_report(
     "The report of an adaptation"
     folder = Path(folder)
     if not (folder/"adaptation.json").is_file(): raise FileNotFoundError(f"{folder} holds no adaptation (adaptation.json is not there); the folder that coft adapt has written is needed.")
-    told, table = json.loads((folder/"adaptation.json").read_text()), pd.read_csv(folder/"images.csv", encoding_errors="surrogateescape", dtype={"path": str, "class": str}, keep_default_na=False, na_values={"confidence_1": "", "confidence_2": ""})
+    told, table = json.loads((folder/"adaptation.json").read_text()), pd.read_csv(folder/"images.csv", encoding_errors="surrogateescape", dtype={"path": object, "class": object}, keep_default_na=False)
     root = Path(images or told["folder"])
     if not root.is_dir(): raise FileNotFoundError(f"{root} is not there any more; say where the images are now.")
     out = Path(out or folder/"report.html")

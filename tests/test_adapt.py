@@ -1,0 +1,406 @@
+"From a folder of images to a model, predictions, an evaluation and a report, as a user goes: through the command `coft`."
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import coft.adapt as room
+import coft.images
+import numpy as np
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+from coft.awkward import AWKWARD_FILES, CLASS_FILES, make_awkward
+from coft.cli import app
+from coft.data import load_task, read_class_names, read_templates
+from coft.report import write_report
+from coft.saved import load_fitted
+from helpers import QUICK, message_of
+from PIL import Image
+from typer.testing import CliRunner
+
+COMMAND = Path(sys.executable).parent / "coft"
+SETTINGS = ["--preset", QUICK["preset"], *(part for k, v in QUICK.items() if k != "preset" for part in ("--set", f"{k}={v}"))]
+FEW = ["digit zero", "digit one", "digit two", "digit three"]
+
+
+def coft(*arguments):
+    "The answer of the command in this process."
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def digits():
+    "60 real digits of four classes: images and labels."
+    task = load_task("digits")
+    few = np.flatnonzero(task.audit.train < len(FEW))[:60]
+    return [Image.fromarray(task.unlabelled.pixels[i]) for i in few], task.audit.train[few]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, digits):
+    "`photos` with the awkward files among real ones, `labelled` with class folders, `classes.txt`."
+    home = tmp_path_factory.mktemp("user")
+    images, labels = digits
+    make_awkward(home / "photos", images)
+    for i, (image, k) in enumerate(zip(images, labels)):
+        image.save(home / "photos" / f"{i:03}.png")
+        folder = home / "labelled" / FEW[k].replace(" ", "_").upper()
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i:03}.png")
+    (home / "classes.txt").write_bytes("\ufeff\r\n".encode() + "\r\n".join(FEW).encode())
+    return home
+
+
+@pytest.fixture(scope="module")
+def adapted(home):
+    "`model`, `predictions.csv`, made by the installed command in processes of their own; what they printed."
+    run = lambda *arguments: subprocess.run([COMMAND, *arguments], cwd=home, capture_output=True, text=True)
+    adapt = run("adapt", "photos", "--classes", "classes.txt", "--out", "model", *SETTINGS, "--quiet", "--json")
+    return SimpleNamespace(home=home, adapt=adapt, predict=run("predict", "model", "photos", "--out", "predictions.csv", "--quiet"))
+
+
+def rows(path):
+    "The rows of a table by their path; file names may hold bytes that are no UTF-8."
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as f:
+        return {row["path"]: row for row in csv.DictReader(f)}
+
+
+# ---- adapt and predict, with every awkward file in the folder
+
+def test_adapt_ends_well_and_says_how_long_it_will_take(adapted):
+    assert adapted.adapt.returncode == 0, adapted.adapt.stderr
+    assert "GiB of memory, from a few timed steps" in adapted.adapt.stderr and "Traceback" not in adapted.adapt.stderr
+    assert not (adapted.home / "model.unfinished").exists()
+
+
+def test_adapt_tells_machines_what_it_tells_people(adapted):
+    told = json.loads(adapted.adapt.stdout)
+    assert told == json.loads((adapted.home / "model/adaptation.json").read_text())
+    wanted = [c for c in AWKWARD_FILES if c.outcome == "set aside"]
+    assert {name for name, _ in told["set_aside"]} == {c.name for c in wanted}
+    assert told["images"] == 60 + sum(c.outcome == "read" for c in AWKWARD_FILES)
+    assert [c["class"] for c in told["classes"]] == FEW and sum(c["images"] for c in told["classes"]) == told["images"]
+    assert told["copies"] >= 2 and told["other_files"] == {".db": 1, ".txt": 1}
+    assert "accuracy" not in adapted.adapt.stdout
+    text = room.summary_text(told)
+    assert "no measure of accuracy" in text and "2 files of other kinds" in text and "and 4 more, listed" in text
+
+
+@pytest.mark.parametrize("case", AWKWARD_FILES, ids=lambda case: case.what)
+def test_awkward_file(adapted, case):
+    row = rows(adapted.home / "predictions.csv").get(case.name)
+    if case.outcome == "passed over":
+        assert row is None
+    elif case.outcome == "set aside":
+        assert case.reason in row["problem"] and row["class"] == row["probability"] == ""
+    else:
+        assert row["class"] in FEW and 0.25 <= float(row["probability"]) <= 1 and row["problem"] == ""
+
+
+def test_predict_says_that_files_were_set_aside(adapted):
+    n = sum(c.outcome == "set aside" for c in AWKWARD_FILES)
+    assert adapted.predict.returncode == 3, adapted.predict.stderr
+    assert f"{n} files set aside" in adapted.predict.stdout and adapted.predict.stderr == ""
+
+
+def test_the_table_holds_what_the_model_answers(adapted):
+    table, model = rows(adapted.home / "predictions.csv"), load_fitted(adapted.home / "model")
+    paths = [p for p, row in table.items() if not row["problem"]]
+    P = model.fitted.predict_proba(coft_images(adapted.home / "photos", paths))
+    order = np.argsort(-P, axis=1, kind="stable")
+    for rank, suffix in enumerate(("", "_2", "_3", "_4")):
+        assert [table[p][f"class{suffix}"] for p in paths] == [FEW[k] for k in order[:, rank]]
+        assert np.allclose([float(table[p][f"probability{suffix}"]) for p in paths], np.take_along_axis(P, order, 1)[:, rank], atol=1e-5)
+    assert list(table) == [path.relative_to(adapted.home / "photos").as_posix() for path, _ in coft.images.walk_images(adapted.home / "photos")]
+    seen = rows(adapted.home / "model/images.csv")
+    assert {p: row["class"] for p, row in seen.items()} == {p: table[p]["class"] for p in paths}
+
+
+def coft_images(folder, paths):
+    return coft.images.FileImages([folder / p for p in paths])
+
+
+def test_the_fallback_is_zero_shot(adapted):
+    answer = coft("predict", adapted.home / "model", adapted.home / "labelled", "-o", adapted.home / "fallback.csv", "--fallback", "-q", "--json")
+    assert answer.exit_code == 0 and json.loads(answer.stdout)["files"] == 60
+    before = pd.read_csv(adapted.home / "model/images.csv", encoding_errors="surrogateescape", dtype={"path": object}).set_index("path").zero_shot_class
+    for path, row in rows(adapted.home / "fallback.csv").items():
+        assert row["class"] == before[Path(path).name]
+
+
+def test_a_finished_adaptation_is_not_replaced(adapted):
+    answer = coft("adapt", adapted.home / "photos", "-c", adapted.home / "classes.txt", "-o", adapted.home / "model")
+    assert answer.exit_code == 2 and "holds a finished adaptation already" in answer.stderr
+    message = message_of(room.check_out, adapted.home / "photos", True, kind=FileExistsError)
+    assert "something else" in message, "--overwrite never removes what is no adaptation"
+
+
+# ---- lists of class names, folders, arguments
+
+@pytest.mark.parametrize("kind", CLASS_FILES)
+def test_class_file(home, tmp_path, kind):
+    content, wanted = CLASS_FILES[kind]
+    path = tmp_path / "classes.txt"
+    path.write_bytes(content)
+    if isinstance(wanted, int):
+        assert len(read_class_names(path)) == wanted
+        return
+    answer = coft("adapt", home / "photos", "-c", path, "-o", tmp_path / "model")
+    assert answer.exit_code == 2 and wanted in answer.stderr and "classes.txt" in answer.stderr
+    assert not (tmp_path / "model").exists()
+
+
+WRONG = {
+    "not there": ("gone", FEW, ["gone is not there"]),
+    "a file": ("nothing/film.mp4", FEW, ["is a file", "the folder of the images is needed"]),
+    "no image": ("nothing", FEW, ["holds no image file", ".png", "1 .mp4"]),
+    "none that can be read": ("broken", FEW, ["none of the 1 images can be read", "0.png", "the file is empty"]),
+    "one image": ("one", FEW, ["top_k", "4 classes", "only 1 unlabelled", "at least one image per class"]),
+    "fewer images than classes": ("three", FEW, ["top_k", "only 3 unlabelled"]),
+    "too few for the method": ("sixty", FEW, ["top_k", "at most 15", "fill_short=False"]),
+    "10,000 classes": ("sixty", [f"class {i}" for i in range(10_000)], ["10000 classes", "only 60"]),
+    "a name that is too long": ("sixty", ["digit " * 90, "digit one"], ["do not fit", "tokens"]),
+    "a word that the model does not know": ("sixty", ["digit one", "otter"], ["does not know 'otter", "full vocabulary"]),
+} # what -> (folder, class names, parts of the message)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_folder_that_cannot_be_adapted_to(tmp_path, digits, wrong):
+    for name, n in {"nothing": 0, "broken": 1, "one": 1, "three": 3, "sixty": 60}.items():
+        (tmp_path / name).mkdir()
+        for i in range(n):
+            digits[0][i].save(tmp_path / name / f"{i}.png")
+    (tmp_path / "broken/0.png").write_bytes(b"")
+    (tmp_path / "nothing/film.mp4").touch()
+    folder, names, parts = WRONG[wrong]
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    answer = coft("adapt", tmp_path / folder, "-c", tmp_path / "classes.txt", "-o", tmp_path / "model", "--set", "top_k=16")
+    assert answer.exit_code == 2 and all(part in answer.stderr for part in parts), answer.stderr
+    assert answer.stderr.startswith("coft adapt: ") and not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("given, parts", [
+    (["--method", "cotf"], ["'cotf' is not known", "Did you mean 'coft'"]),
+    (["--method", "supervised"], ["learns from labelled images", "coft+"]),
+    (["--method", "transclip"], ["no model to keep"]),
+    (["--set", "top_q=3"], ["setting of coft: 'top_q'", "top_k"]),
+    (["--set", "top_k"], ["NAME=VALUE is needed"]),
+    (["--set", "top_k=many"], ["top_k: 'many' was given"]),
+    (["--model", "ViT-B-32-quickgelu"], ["pretrained: nothing was given"]),
+    (["--preset", "best"], ["preset: 'best'"]),
+    (["--templates", "classes.txt"], ["classes.txt: line 2 is 'digit zero'", "one {}"]),
+], ids=lambda given: " ".join(given))
+def test_wrong_argument(home, tmp_path, monkeypatch, given, parts):
+    monkeypatch.chdir(home)
+    answer = coft("adapt", "photos", "-c", "classes.txt", "-o", tmp_path / "model", *given)
+    assert answer.exit_code == 2 and all(part in answer.stderr for part in parts), answer.stderr
+    assert not (tmp_path / "model").exists() and not (tmp_path / "model.unfinished").exists()
+
+
+def test_several_templates_are_asked_for_where_a_method_starts_from_them(digits):
+    model = SimpleNamespace(preset="paper")
+    task = coft.images.task_from_arrays(np.zeros((80, 8, 8), np.uint8), FEW)
+    assert "Give a file of templates" in message_of(room.label_free_method, "coft+", model, task)
+    assert room.label_free_method("coft+", model, task, template_set="coop").name == "coft+"
+
+
+@pytest.mark.parametrize("text, wrong", [("a {}.\nthe {name}.", 2), ("a {} or {}.", 1), ("a {0}.", 1), ("{} {{}}", 1), ("a photo", 1)])
+def test_templates_with_other_brackets(tmp_path, text, wrong):
+    (tmp_path / "t.txt").write_text(text)
+    assert f"t.txt: line {wrong} is" in message_of(read_templates, tmp_path / "t.txt")
+
+
+def test_what_may_not_be_read_is_named(tmp_path, digits, monkeypatch):
+    for name in ("a.png", "shut/b.png", "open/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        digits[0][0].save(tmp_path / name)
+    read, listed = Path.read_bytes, os.listdir
+
+    def refuse(path, allowed):
+        if Path(path).name in ("a.png", "shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return allowed(path)
+
+    monkeypatch.setattr(Path, "read_bytes", lambda path: refuse(path, read))
+    monkeypatch.setattr(os, "listdir", lambda path: refuse(path, listed))
+    task = room.folder_task(tmp_path, FEW, SimpleNamespace(preset="paper"))
+    assert room.file_names(task, tmp_path) == ["open/c.png"]
+    assert dict(task.quarantine) == {"shut": "the folder cannot be opened (Permission denied)", "a.png": "the file may not be read"}
+
+
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path, digits):
+    for name in ("outside/b.png", "photos/a.png"):
+        (tmp_path / name).parent.mkdir()
+        digits[0][0].save(tmp_path / name)
+    (tmp_path / "photos/more").symlink_to(tmp_path / "outside", target_is_directory=True)
+    (tmp_path / "entry").symlink_to(tmp_path / "photos", target_is_directory=True)
+    assert [(path.name, bool(problem)) for path, problem in coft.images.walk_images(tmp_path / "entry")] == [("a.png", False), ("more", True)]
+
+
+# ---- stopped and gone on
+
+def test_ctrl_c_leaves_a_state_from_which_the_same_command_goes_on(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(home)
+    command = ["adapt", "photos", "-c", "classes.txt", "-o", str(tmp_path / "model"), *SETTINGS, "--set", "phase1_epochs=40", "--no-estimate", "--quiet"]
+    running = subprocess.Popen([COMMAND, *command], cwd=home, stderr=subprocess.PIPE, text=True)
+    state = tmp_path / "model.unfinished/phases/phase-i-model-1.pt"
+    deadline = time.monotonic() + 300
+    while not state.exists() and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    _, error = running.communicate(timeout=120)
+    assert running.returncode == 130 and "The same command goes on" in error and "Traceback" not in error, error
+    assert state.exists() and not (tmp_path / "model").exists()
+    answer = coft(*command)
+    assert answer.exit_code == 0 and "Going on with what stands in" in answer.stdout, answer.stderr
+    assert (tmp_path / "model/adaptation.json").exists() and not (tmp_path / "model.unfinished").exists()
+
+
+def test_a_stopped_prediction_goes_on_behind_the_last_whole_chunk(adapted, tmp_path, monkeypatch):
+    saved, photos = load_fitted(adapted.home / "model"), adapted.home / "photos"
+    monkeypatch.setattr(room.image_chunks, "__defaults__", (10, 0))
+    asked, note = [], room._Journal.note
+
+    def stop(self, seen):
+        note(self, seen)
+        if self.files >= 30:
+            self.text.write("half a row")
+            raise KeyboardInterrupt
+
+    predict = lambda images: asked.append(len(images)) or saved.fitted.predict_proba(images)
+    counting = SimpleNamespace(about=saved.about, clip=saved.clip, fallback=None, fitted=SimpleNamespace(method="coft", class_names=FEW, predict_proba=predict))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(room._Journal, "note", stop)
+        room.predict_folder(counting, photos, tmp_path / "out.csv", progress=False)
+    assert not (tmp_path / "out.csv").exists()
+    done = room.predict_folder(counting, photos, tmp_path / "out.csv", progress=False)
+    assert (tmp_path / "out.csv").read_bytes() == (adapted.home / "predictions.csv").read_bytes()
+    assert done.set_aside == sum(c.outcome == "set aside" for c in AWKWARD_FILES) and max(asked) <= 10
+    assert sum(asked) == done.files - done.set_aside, "no image is predicted twice"
+    assert os.listdir(tmp_path) == ["out.csv"]
+
+
+# ---- evaluate
+
+def test_evaluation_beside_numpy(adapted, digits):
+    answer = coft("evaluate", adapted.home / "model", adapted.home / "labelled", "-q", "--json")
+    assert answer.exit_code == 0, answer.stderr
+    told, (images, truth) = json.loads(answer.stdout), digits
+    saved, pixels = load_fitted(adapted.home / "model"), coft.images.FileImages(images)
+    for who, fitted in (("adapted", saved.fitted), ("zero_shot", saved.fallback)):
+        P, mine = fitted.predict_proba(pixels), told[who]
+        said = P.argmax(1)
+        assert mine["accuracy"] == pytest.approx(100 * np.mean(said == truth))
+        counts = np.zeros((4, 4), int)
+        np.add.at(counts, (truth, said), 1)
+        assert mine["confusion"] == counts.tolist()
+        for k in range(4):
+            assert mine["recall"][k] == pytest.approx(counts[k, k] / counts[k].sum())
+            assert mine["precision"][k] == (pytest.approx(counts[k, k] / counts[:, k].sum()) if counts[:, k].sum() else None)
+        assert sum(mine["reliability"]["count"]) == 60
+    right = [told[who]["accuracy"] for who in ("adapted", "zero_shot")]
+    assert told["difference"]["mean"] == pytest.approx(right[0] - right[1]) and told["difference"]["low"] <= told["difference"]["mean"] <= told["difference"]["high"]
+    assert told["adapted"]["accuracy_of_models"] == pytest.approx([100 * np.mean(p.argmax(1) == truth) for p in saved.fitted.predict_all(pixels)])
+
+
+def test_evaluation_for_people_and_files_beside_the_folders(adapted, digits, tmp_path):
+    shutil.copytree(adapted.home / "labelled", tmp_path / "labelled")
+    digits[0][0].save(tmp_path / "labelled/stray.png")
+    answer = coft("evaluate", adapted.home / "model", tmp_path / "labelled", "-q")
+    assert answer.exit_code == 3 and "stray.png: lies in no class sub-folder" in answer.stdout and "zero-shot" in answer.stdout
+    (tmp_path / "labelled/otter").mkdir()
+    answer = coft("evaluate", adapted.home / "model", tmp_path / "labelled", "-q")
+    assert answer.exit_code == 2 and "'otter'" in answer.stderr and "digit zero" in answer.stderr
+    assert coft("evaluate", adapted.home / "model", adapted.home / "photos/2024", "-q").exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "report"])
+def test_a_folder_that_holds_no_model(home, command):
+    answer = coft(command, home / "labelled", *([home / "photos"] if command != "report" else []))
+    assert answer.exit_code == 2 and answer.stderr.startswith(f"coft {command}: ") and "labelled" in answer.stderr
+
+
+# ---- signs
+
+def made_up(now, before, accepted=1.0, agree=1.0, n=100):
+    "An image table with these classes; the first share of labels accepted, the first share the same for both models."
+    names = lambda counts: [c for c, k in counts.items() for _ in range(k)]
+    first = np.arange(n)
+    table = pd.DataFrame({"class": names(now), "zero_shot_class": names(before), "label_1": names(now)})
+    table["label_2"] = np.where(first < agree * n, table.label_1, "other")
+    return table.assign(accepted_1=first < accepted * n, accepted_2=first < accepted * n)
+
+
+EVEN = {"a": 25, "b": 25, "c": 25, "d": 25}
+
+
+@pytest.mark.parametrize("images, sign", [
+    (made_up(EVEN, EVEN), None),
+    (made_up(EVEN, EVEN, accepted=0.3, agree=0.6), None),
+    (made_up({"a": 50, "c": 25, "d": 25}, EVEN), "Class 'b' was lost: zero-shot gave it to 25 images"),
+    (made_up({"a": 55, "b": 15, "c": 15, "d": 15}, EVEN), "55 of 100 images are now called 'a'; zero-shot called 25 so"),
+    (made_up({"a": 55, "b": 15, "c": 15, "d": 15}, {"a": 40, "b": 20, "c": 20, "d": 20}), None),
+    (made_up(EVEN, {"d": 25, "c": 25, "b": 25, "a": 25}), "100 % of the images are called something else"),
+    (made_up(EVEN, EVEN, agree=0.4), "agree on only 40 % of the images"),
+    (made_up(EVEN, EVEN, accepted=0.1), "accepted only 10 % of each other's labels"),
+], ids=str)
+def test_warning_signs(images, sign):
+    signs = room.warning_signs(images, room.class_table(images, list(EVEN)))
+    assert signs == [] if sign is None else any(sign in s for s in signs)
+
+
+def test_classes_that_look_underserved():
+    images = made_up({"a": 60, "b": 32, "c": 4, "d": 4}, EVEN)
+    images["accepted_1"] = images["accepted_2"] = images.label_1 != "b"
+    table = room.class_table(images, list(EVEN)).set_index("class")
+    assert table.underserved.to_dict() == {"a": False, "b": True, "c": True, "d": True}
+    assert table.accepted.to_dict() == {"a": 1, "b": 0, "c": 1, "d": 1}
+
+
+# ---- report
+
+def test_report_is_one_file_that_asks_for_nothing(adapted):
+    answer = coft("report", adapted.home / "model")
+    assert answer.exit_code == 0, answer.stderr
+    page = BeautifulSoup((adapted.home / "model/report.html").read_text(encoding="utf-8"), "html.parser")
+    assert not page.find_all(["script", "link", "iframe", "object"]) and not page.find_all(onerror=True)
+    assert "default-src 'none'" in page.find("meta", attrs={"http-equiv": True})["content"]
+    pictures = page.find_all("img")
+    assert len(pictures) >= 20 and all(i["src"].startswith("data:image/") and i["alt"] for i in pictures)
+    text = page.get_text()
+    for case in AWKWARD_FILES:
+        assert case.outcome != "set aside" or case.reason in text
+    assert all(name in text for name in FEW) and "phase1_lr" in text and "sha256" in text and "no accuracy" in text
+
+
+def test_report_in_a_browser(adapted, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no Chromium on this machine")
+    page, picture = write_report(adapted.home / "model"), tmp_path / "page.png"
+    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,1500",
+                           f"--screenshot={picture}", page.as_uri()], capture_output=True, text=True, timeout=180)
+    assert picture.exists(), done.stderr
+    shown = np.asarray(Image.open(picture).convert("L"))
+    assert shown.shape[1] == 390 and len(np.unique(shown)) > 20, "a blank page"
+
+
+def test_report_finds_images_that_have_moved(adapted, tmp_path):
+    message = message_of(lambda: write_report(moved(adapted, tmp_path), None), kind=FileNotFoundError)
+    assert "not there any more" in message
+    assert write_report(tmp_path / "model", adapted.home / "photos").exists()
+
+
+def moved(adapted, tmp_path):
+    "A copy of the model whose images are said to lie elsewhere."
+    shutil.copytree(adapted.home / "model", tmp_path / "model")
+    told = json.loads((tmp_path / "model/adaptation.json").read_text())
+    (tmp_path / "model/adaptation.json").write_text(json.dumps(told | {"folder": str(tmp_path / "gone")}))
+    return tmp_path / "model"
