@@ -143,6 +143,7 @@ def adapt(
     told = summary(fitted, images, task) | dict(seed=seed, folder=os.path.abspath(folder), other_files=other_endings(folder), model=clip.name, pretrained=clip.pretrained, weights_sha256=clip.weights_sha256,
            data_sha256=task.data_sha256, class_names=task.class_names, templates=list(task.templates), settings=fitted.settings, facts=fitted.facts, versions=installed_versions(), **cost)
     shutil.rmtree(work/"result", ignore_errors=True)
+    fitted.messages = [printable(m) for m in fitted.messages]
     save_fitted(work/"result", fitted, clip, task, seed, fallback)
     images.to_csv(work/"result"/"images.csv", index=False, errors="surrogateescape", lineterminator="\n")
     (work/"result"/"adaptation.json").write_text(json.dumps(told, indent=1))

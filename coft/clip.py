@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .core import check_choice, check_class_names, expect_error, sha256_of
+from .core import beginning, check_choice, check_class_names, expect_error, sha256_of
 
 # %% ../nbs/01_clip.ipynb #6060c531
 EMBEDDED_MODELS = ("embedded", "embedded-l") # names of the models inside the package, whose files begin with coft-
@@ -96,7 +96,7 @@ def tokenize(
 
 # %% ../nbs/01_clip.ipynb #6a7026da
 def _report_long(long, n, room, context_length, long_texts):
-    first = f"the first being {long[0][0]!r} with {long[0][1]} tokens; at most {room} fit"
+    first = f"the first being {beginning(long[0][0])!r} with {long[0][1]} tokens; at most {room} fit"
     if long_texts == "cut": return warnings.warn(f"{len(long)} of {n} texts do not fit into the model's {context_length} tokens and were cut, {first}.", stacklevel=2)
     raise ValueError(f"{len(long)} text(s) do not fit into the model's {context_length} tokens and would be cut, {first}. Shorten them; where descriptions are taken, long_texts='cut' takes their beginning.")
 
@@ -450,7 +450,7 @@ class PromptEncoder(nn.Module):
         ids = [tokenizer.encode(f"{n}.") + [tokenizer.eot_token_id] for n in names]
         self.length = max(map(len, ids))
         total = 1 + n_context + self.length
-        if total > tokenizer.context_length: raise ValueError(f"class_names: {names[max(range(len(ids)), key=lambda i: len(ids[i]))]!r} needs {self.length} tokens; with {n_context} learnable ones and the start that is {total}, and the model has room for {tokenizer.context_length}. Shorten the name or lower n_context.")
+        if total > tokenizer.context_length: raise ValueError(f"class_names: {beginning(names[max(range(len(ids)), key=lambda i: len(ids[i]))])!r} needs {self.length} tokens; with {n_context} learnable ones and the start that is {total}, and the model has room for {tokenizer.context_length}. Shorten the name or lower n_context.")
         tokens = torch.zeros(len(ids), self.length, dtype=torch.long)
         for row, i in zip(tokens, ids): row[:len(i)] = torch.tensor(i)
         embed = clip.model.token_embedding

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['stream_key', 'generator', 'uniforms', 'torch_generator', 'check_choice', 'check_number', 'check_flag', 'as_list',
-           'expect_error', 'printable', 'counted', 'check_class_names', 'replace_file', 'sha256_of', 'read_json']
+           'expect_error', 'printable', 'beginning', 'counted', 'check_class_names', 'replace_file', 'sha256_of',
+           'read_json']
 
 # %% ../nbs/00_core.ipynb #555ec583
 import hashlib, json, math, os, tempfile
@@ -113,6 +114,13 @@ def printable(
 )->str:
     "What may be shown in a terminal: no control character, nothing that cannot be encoded"
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+def beginning(
+    text:str, # which may be very long
+    most:int=80, # characters
+)->str:
+    "A text that is fit for a message"
+    return text if len(text) <= most else f"{text[:most - 3]}..."
 
 def counted(
     n:int, # how many

@@ -79,7 +79,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --soft: #a0a0a0; --paper: #16181c; --line: #3a3d44; --blue: #56b4e9; --orange: #f0a830; --warn: #3a2f14; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 60rem; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+h1 { font-size: 1.5rem; line-height: 1.2; } h3 { font-size: 1rem; margin: 0 0 .5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 .soft { color: var(--soft); font-size: .9rem; }
 .numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .5rem; padding: 0; list-style: none; }
 .numbers li { border: 1px solid var(--line); border-radius: .4rem; padding: .5rem .7rem; } .numbers b { display: block; font-size: 1.25rem; white-space: nowrap; }

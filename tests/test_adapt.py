@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import coft.adapt as room
-import coft.images
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,6 +18,7 @@ from bs4 import BeautifulSoup
 from coft.awkward import AWKWARD_FILES, CLASS_FILES, make_awkward
 from coft.cli import app
 from coft.data import load_task, read_class_names, read_templates
+from coft.images import FileImages, task_from_arrays, walk_images
 from coft.report import write_report
 from coft.saved import load_fitted
 from helpers import QUICK, message_of
@@ -30,7 +30,7 @@ SETTINGS = ["--preset", QUICK["preset"], *(part for k, v in QUICK.items() if k !
 FEW = ["digit zero", "digit one", "digit two", "digit three"]
 
 
-def coft(*arguments):
+def command(*arguments):
     "The answer of the command in this process."
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
@@ -113,22 +113,18 @@ def test_predict_says_that_files_were_set_aside(adapted):
 def test_the_table_holds_what_the_model_answers(adapted):
     table, model = rows(adapted.home / "predictions.csv"), load_fitted(adapted.home / "model")
     paths = [p for p, row in table.items() if not row["problem"]]
-    P = model.fitted.predict_proba(coft_images(adapted.home / "photos", paths))
+    P = model.fitted.predict_proba(FileImages([adapted.home / "photos" / p for p in paths]))
     order = np.argsort(-P, axis=1, kind="stable")
     for rank, suffix in enumerate(("", "_2", "_3", "_4")):
         assert [table[p][f"class{suffix}"] for p in paths] == [FEW[k] for k in order[:, rank]]
         assert np.allclose([float(table[p][f"probability{suffix}"]) for p in paths], np.take_along_axis(P, order, 1)[:, rank], atol=1e-5)
-    assert list(table) == [path.relative_to(adapted.home / "photos").as_posix() for path, _ in coft.images.walk_images(adapted.home / "photos")]
+    assert list(table) == [path.relative_to(adapted.home / "photos").as_posix() for path, _ in walk_images(adapted.home / "photos")]
     seen = rows(adapted.home / "model/images.csv")
     assert {p: row["class"] for p, row in seen.items()} == {p: table[p]["class"] for p in paths}
 
 
-def coft_images(folder, paths):
-    return coft.images.FileImages([folder / p for p in paths])
-
-
 def test_the_fallback_is_zero_shot(adapted):
-    answer = coft("predict", adapted.home / "model", adapted.home / "labelled", "-o", adapted.home / "fallback.csv", "--fallback", "-q", "--json")
+    answer = command("predict", adapted.home / "model", adapted.home / "labelled", "-o", adapted.home / "fallback.csv", "--fallback", "-q", "--json")
     assert answer.exit_code == 0 and json.loads(answer.stdout)["files"] == 60
     before = pd.read_csv(adapted.home / "model/images.csv", encoding_errors="surrogateescape", dtype={"path": object}).set_index("path").zero_shot_class
     for path, row in rows(adapted.home / "fallback.csv").items():
@@ -136,7 +132,7 @@ def test_the_fallback_is_zero_shot(adapted):
 
 
 def test_a_finished_adaptation_is_not_replaced(adapted):
-    answer = coft("adapt", adapted.home / "photos", "-c", adapted.home / "classes.txt", "-o", adapted.home / "model")
+    answer = command("adapt", adapted.home / "photos", "-c", adapted.home / "classes.txt", "-o", adapted.home / "model")
     assert answer.exit_code == 2 and "holds a finished adaptation already" in answer.stderr
     message = message_of(room.check_out, adapted.home / "photos", True, kind=FileExistsError)
     assert "something else" in message, "--overwrite never removes what is no adaptation"
@@ -152,7 +148,7 @@ def test_class_file(home, tmp_path, kind):
     if isinstance(wanted, int):
         assert len(read_class_names(path)) == wanted
         return
-    answer = coft("adapt", home / "photos", "-c", path, "-o", tmp_path / "model")
+    answer = command("adapt", home / "photos", "-c", path, "-o", tmp_path / "model")
     assert answer.exit_code == 2 and wanted in answer.stderr and "classes.txt" in answer.stderr
     assert not (tmp_path / "model").exists()
 
@@ -166,7 +162,7 @@ WRONG = {
     "fewer images than classes": ("three", FEW, ["top_k", "only 3 unlabelled"]),
     "too few for the method": ("sixty", FEW, ["top_k", "at most 15", "fill_short=False"]),
     "10,000 classes": ("sixty", [f"class {i}" for i in range(10_000)], ["10000 classes", "only 60"]),
-    "a name that is too long": ("sixty", ["digit " * 90, "digit one"], ["do not fit", "tokens"]),
+    "a name that is too long": ("sixty", ["digit " * 90, "digit one"], ["needs 92 tokens", "room for 64", "Shorten the name"]),
     "a word that the model does not know": ("sixty", ["digit one", "otter"], ["does not know 'otter", "full vocabulary"]),
 } # what -> (folder, class names, parts of the message)
 
@@ -181,7 +177,7 @@ def test_folder_that_cannot_be_adapted_to(tmp_path, digits, wrong):
     (tmp_path / "nothing/film.mp4").touch()
     folder, names, parts = WRONG[wrong]
     (tmp_path / "classes.txt").write_text("\n".join(names))
-    answer = coft("adapt", tmp_path / folder, "-c", tmp_path / "classes.txt", "-o", tmp_path / "model", "--set", "top_k=16")
+    answer = command("adapt", tmp_path / folder, "-c", tmp_path / "classes.txt", "-o", tmp_path / "model", "--set", "top_k=16")
     assert answer.exit_code == 2 and all(part in answer.stderr for part in parts), answer.stderr
     assert answer.stderr.startswith("coft adapt: ") and not (tmp_path / "model").exists()
 
@@ -199,14 +195,14 @@ def test_folder_that_cannot_be_adapted_to(tmp_path, digits, wrong):
 ], ids=lambda given: " ".join(given))
 def test_wrong_argument(home, tmp_path, monkeypatch, given, parts):
     monkeypatch.chdir(home)
-    answer = coft("adapt", "photos", "-c", "classes.txt", "-o", tmp_path / "model", *given)
+    answer = command("adapt", "photos", "-c", "classes.txt", "-o", tmp_path / "model", *given)
     assert answer.exit_code == 2 and all(part in answer.stderr for part in parts), answer.stderr
     assert not (tmp_path / "model").exists() and not (tmp_path / "model.unfinished").exists()
 
 
 def test_several_templates_are_asked_for_where_a_method_starts_from_them(digits):
     model = SimpleNamespace(preset="paper")
-    task = coft.images.task_from_arrays(np.zeros((80, 8, 8), np.uint8), FEW)
+    task = task_from_arrays(np.zeros((80, 8, 8), np.uint8), FEW)
     assert "Give a file of templates" in message_of(room.label_free_method, "coft+", model, task)
     assert room.label_free_method("coft+", model, task, template_set="coop").name == "coft+"
 
@@ -241,15 +237,15 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path, digits):
         digits[0][0].save(tmp_path / name)
     (tmp_path / "photos/more").symlink_to(tmp_path / "outside", target_is_directory=True)
     (tmp_path / "entry").symlink_to(tmp_path / "photos", target_is_directory=True)
-    assert [(path.name, bool(problem)) for path, problem in coft.images.walk_images(tmp_path / "entry")] == [("a.png", False), ("more", True)]
+    assert [(path.name, bool(problem)) for path, problem in walk_images(tmp_path / "entry")] == [("a.png", False), ("more", True)]
 
 
 # ---- stopped and gone on
 
 def test_ctrl_c_leaves_a_state_from_which_the_same_command_goes_on(home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
-    command = ["adapt", "photos", "-c", "classes.txt", "-o", str(tmp_path / "model"), *SETTINGS, "--set", "phase1_epochs=40", "--no-estimate", "--quiet"]
-    running = subprocess.Popen([COMMAND, *command], cwd=home, stderr=subprocess.PIPE, text=True)
+    arguments = ["adapt", "photos", "-c", "classes.txt", "-o", str(tmp_path / "model"), *SETTINGS, "--set", "phase1_epochs=20", "--set", "phase1_batch_size=32", "--no-estimate", "--quiet"]
+    running = subprocess.Popen([COMMAND, *arguments], cwd=home, stderr=subprocess.PIPE, text=True)
     state = tmp_path / "model.unfinished/phases/phase-i-model-1.pt"
     deadline = time.monotonic() + 300
     while not state.exists() and running.poll() is None and time.monotonic() < deadline:
@@ -258,7 +254,7 @@ def test_ctrl_c_leaves_a_state_from_which_the_same_command_goes_on(home, tmp_pat
     _, error = running.communicate(timeout=120)
     assert running.returncode == 130 and "The same command goes on" in error and "Traceback" not in error, error
     assert state.exists() and not (tmp_path / "model").exists()
-    answer = coft(*command)
+    answer = command(*arguments)
     assert answer.exit_code == 0 and "Going on with what stands in" in answer.stdout, answer.stderr
     assert (tmp_path / "model/adaptation.json").exists() and not (tmp_path / "model.unfinished").exists()
 
@@ -290,10 +286,10 @@ def test_a_stopped_prediction_goes_on_behind_the_last_whole_chunk(adapted, tmp_p
 # ---- evaluate
 
 def test_evaluation_beside_numpy(adapted, digits):
-    answer = coft("evaluate", adapted.home / "model", adapted.home / "labelled", "-q", "--json")
+    answer = command("evaluate", adapted.home / "model", adapted.home / "labelled", "-q", "--json")
     assert answer.exit_code == 0, answer.stderr
     told, (images, truth) = json.loads(answer.stdout), digits
-    saved, pixels = load_fitted(adapted.home / "model"), coft.images.FileImages(images)
+    saved, pixels = load_fitted(adapted.home / "model"), FileImages(images)
     for who, fitted in (("adapted", saved.fitted), ("zero_shot", saved.fallback)):
         P, mine = fitted.predict_proba(pixels), told[who]
         said = P.argmax(1)
@@ -313,18 +309,18 @@ def test_evaluation_beside_numpy(adapted, digits):
 def test_evaluation_for_people_and_files_beside_the_folders(adapted, digits, tmp_path):
     shutil.copytree(adapted.home / "labelled", tmp_path / "labelled")
     digits[0][0].save(tmp_path / "labelled/stray.png")
-    answer = coft("evaluate", adapted.home / "model", tmp_path / "labelled", "-q")
+    answer = command("evaluate", adapted.home / "model", tmp_path / "labelled", "-q")
     assert answer.exit_code == 3 and "stray.png: lies in no class sub-folder" in answer.stdout and "zero-shot" in answer.stdout
     (tmp_path / "labelled/otter").mkdir()
-    answer = coft("evaluate", adapted.home / "model", tmp_path / "labelled", "-q")
+    answer = command("evaluate", adapted.home / "model", tmp_path / "labelled", "-q")
     assert answer.exit_code == 2 and "'otter'" in answer.stderr and "digit zero" in answer.stderr
-    assert coft("evaluate", adapted.home / "model", adapted.home / "photos/2024", "-q").exit_code == 2
+    assert command("evaluate", adapted.home / "model", adapted.home / "photos/2024", "-q").exit_code == 2
 
 
-@pytest.mark.parametrize("command", ["predict", "evaluate", "report"])
-def test_a_folder_that_holds_no_model(home, command):
-    answer = coft(command, home / "labelled", *([home / "photos"] if command != "report" else []))
-    assert answer.exit_code == 2 and answer.stderr.startswith(f"coft {command}: ") and "labelled" in answer.stderr
+@pytest.mark.parametrize("name", ["predict", "evaluate", "report"])
+def test_a_folder_that_holds_no_model(home, name):
+    answer = command(name, home / "labelled", *([home / "photos"] if name != "report" else []))
+    assert answer.exit_code == 2 and answer.stderr.startswith(f"coft {name}: ") and "labelled" in answer.stderr
 
 
 # ---- signs
@@ -367,7 +363,7 @@ def test_classes_that_look_underserved():
 # ---- report
 
 def test_report_is_one_file_that_asks_for_nothing(adapted):
-    answer = coft("report", adapted.home / "model")
+    answer = command("report", adapted.home / "model")
     assert answer.exit_code == 0, answer.stderr
     page = BeautifulSoup((adapted.home / "model/report.html").read_text(encoding="utf-8"), "html.parser")
     assert not page.find_all(["script", "link", "iframe", "object"]) and not page.find_all(onerror=True)
