@@ -5,7 +5,7 @@ import importlib
 
 _HOME = {
     "load_clip": "clip", "FrozenCLIP": "clip", "zero_shot_head": "clip",
-    "Task": "data", "sample_task": "data", "ArrayImages": "data", "Augmentation": "data", "FileImages": "images",
+    "Task": "data", "read_class_names": "data", "read_templates": "data", "sample_task": "data", "ArrayImages": "data", "Augmentation": "data", "FileImages": "images",
     "task_from_folder": "images", "task_from_table": "images", "task_from_arrays": "images", "task_from_dataset": "images",
     "TASKS": "datasets", "load_task": "datasets", "register_task": "datasets", "DATASETS": "datasets",
     "DualPrompt": "prompts", "VisualPrompt": "adapters", "LoRA": "adapters", "Adapter": "adapters", "build_light_module": "adapters",
@@ -19,6 +19,7 @@ _HOME = {
     "ZeroShot": "rivals", "ZeroShotEnsemble": "rivals", "TopK": "rivals", "Supervised": "rivals",
     "CoFTClassifier": "estimator", "CoFTPlusClassifier": "estimator", "CraFTClassifier": "estimator", "VLMClassifier": "estimator",
     "save_fitted": "saved", "load_fitted": "saved", "export_open_clip": "saved", "export_onnx": "saved", "push_saved": "saved", "pull_saved": "saved",
+    "predict_folder": "adapt", "evaluate_folder": "adapt", "write_report": "report",
     "Parameters": "experiment", "run_experiment": "experiment", "run_variants": "experiment", "variants_table": "experiment", "published_table": "results",
 }
 __all__ = list(_HOME)

@@ -44,12 +44,12 @@ def folder_task(
     folder = Path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f"{folder} is {'a file' if folder.exists() else 'not there'}; the folder of the images is needed.")
     found = [(path, _below(path, folder), problem) for path, problem in walk_images(folder)]
-    if not found: raise FileNotFoundError(f"{folder} holds no image file ({', '.join(sorted(SUFFIXES))}).{_others(other_endings(folder))}")
+    if not found: raise FileNotFoundError(_no_image(folder))
     described = dict(DESCRIBED.get(clip.preset, {}))
     if templates: described |= dict(template=templates[0], templates=tuple(templates), llm_templates=tuple(templates))
     if mirror is not None: described["augmentation"] = replace(described.get("augmentation", Augmentation()), flip=mirror)
     files, names = [path for path, _, problem in found if not problem], [name for _, name, problem in found if not problem]
-    return make_task(folder.resolve().name, class_names, Part(files, names=names), aside=[(name, problem) for _, name, problem in found if problem], **described)
+    return make_task(printable(folder.resolve().name), class_names, Part(files, names=names), aside=[(name, problem) for _, name, problem in found if problem], **described)
 
 def other_endings(
     folder, # searched with all its sub-folders
@@ -71,7 +71,11 @@ def file_names(
 # %% ../nbs/12e_adapt.ipynb #a5ad0009
 def _below(path, folder): return Path(os.path.relpath(path, folder)).as_posix()
 
-def _others(endings): return f" It holds {', '.join(f'{n} {e or chr(34) * 2}' for e, n in list(endings.items())[:5])}." if endings else ""
+def _no_image(folder):
+    others = _kinds(other_endings(folder))
+    return f"{folder} holds no image file ({', '.join(sorted(SUFFIXES))}).{f' It holds {others}.' if others else ''}"
+
+def _kinds(endings): return ", ".join(f"{n} {printable(e) or 'without an ending'}" for e, n in list(endings.items())[:5])
 
 # %% ../nbs/12e_adapt.ipynb #a5ad0015
 def label_free_method(
@@ -226,7 +230,7 @@ def summary_text(
     rows, lines = pd.DataFrame(told["classes"]), [f"Adapted {told['model']} with {told['method']} to {told['images']} images of {len(told['classes'])} classes, in {duration(told['seconds'])}."]
     if told["copies"]: lines.append(f"Copies among them: {told['copies']}. They count as often as they come.")
     if told["set_aside"]: lines += set_aside_text(told["set_aside"], len(told["set_aside"]), "adaptation.json")
-    if told["other_files"]: lines.append(f"{counted(sum(told['other_files'].values()), 'file')} of other kinds passed over ({', '.join(f'{n} {printable(e) or chr(34) * 2}' for e, n in list(told['other_files'].items())[:5])}).")
+    if told["other_files"]: lines.append(f"{counted(sum(told['other_files'].values()), 'file')} of other kinds passed over ({_kinds(told['other_files'])}).")
     lines.append("")
     if "agreement" in told: lines.append(f"The two models agree on {100 * told['agreement']:.0f} % of the images after Phase I; they accepted {100 * told['accepted']:.0f} % of each other's labels.")
     lines += [f"{100 * told['changed']:.0f} % of the images are called something else than by zero-shot.", ""]
@@ -293,6 +297,7 @@ def predict_folder(
     folder, out = Path(folder), Path(out)
     if not folder.is_dir(): raise FileNotFoundError(f"{folder} is {'a file' if folder.exists() else 'not there'}; the folder of the images is needed.")
     fitted = answering(saved, fallback)
+    if next(walk_images(folder), None) is None: raise FileNotFoundError(_no_image(folder))
     journal = _Journal(out, dict(model=saved.about["weights_sha256"], method=fitted.method, folder=os.path.abspath(folder), seed=saved.about["seed"], data=saved.about["data_sha256"]))
     k = min(TOP, len(fitted.class_names))
     with journal as table, tqdm(desc="predicting", unit="image", initial=journal.files, disable=not progress, file=sys.stderr, mininterval=1) as bar:
@@ -302,7 +307,6 @@ def predict_folder(
             for name, problem in seen: table.writerow([name, *([""] * 2 * k if problem else _top(next(P), fitted.class_names, k)), problem])
             journal.note(seen)
             bar.update(len(seen))
-    if not journal.files: raise FileNotFoundError(f"{folder} holds no image file ({', '.join(sorted(SUFFIXES))}).{_others(other_endings(folder))}")
     journal.finish()
     return Predictions(out, journal.files, journal.set_aside, journal.first)
 

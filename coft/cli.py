@@ -55,6 +55,8 @@ def check_weights()->Check:
     try: return Check("weights", True, repr(load_clip()))
     except Exception as e: return Check("weights", False, f"{type(e).__name__}: {e}", "Install the package again: pip install --force-reinstall --no-deps coft")
 
+
+# %% ../nbs/13_cli.ipynb #c1100013
 def check_cache()->Check:
     "Where downloaded weights are kept, and whether there is room for more"
     import shutil
@@ -101,7 +103,7 @@ def _driver_sees():
     return told.split(" (UUID")[0].strip() if told.startswith("GPU ") else ""
 
 # %% ../nbs/13_cli.ipynb #76eec77e
-EXIT_CODES = "Exit codes: 0 done; 1 something went wrong on the way; 2 the arguments or what they name are wrong, and nothing was changed; 130 stopped by Ctrl-C, and the same command goes on where it was."
+EXIT_CODES = "Exit codes: 0 done; 1 something went wrong on the way; 2 the arguments or what they name are wrong, and no result was written; 130 stopped by Ctrl-C, and the same command goes on where it was."
 SOME_ASIDE = EXIT_CODES.replace("130", "3 done, but some files could not be read and were set aside; 130")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, epilog=EXIT_CODES)
@@ -207,7 +209,7 @@ def adapt(
         task = room.folder_task(images, names, clip, texts, mirror)
         how = room.label_free_method(method, clip, task, preset, **_settings(setting))
         state = room.unfinished(out)
-        if state.exists(): say(f"Going on with what stands in {state}.")
+        if state.exists() and not only_estimate: say(f"Going on with what stands in {state}.")
         elif estimate or only_estimate:
             cost = room.foresee(how, clip, task)
             say(f"{len(task.unlabelled)} images, {len(names)} classes: about {room.duration(cost['hours'] * 3600)} and {cost['memory_gb']:.1f} GiB of memory, from a few timed steps.")

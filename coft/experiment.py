@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DEFAULT_METHODS', 'TABLES', 'DEVICES', 'PICTURES', 'Parameters', 'parameters_from', 'project_root', 'Experiment',
            'run_method', 'run_keys', 'find_or_run', 'run_experiment', 'run_variant', 'run_variants', 'variants_table',
-           'comparison', 'cost_alone', 'run_page', 'run_pages', 'packed_runs', 'all_packed_runs', 'label_pictures',
-           'draw_figures']
+           'comparison', 'cost_alone', 'run_page', 'page_source', 'check_page_parameters', 'run_pages', 'packed_runs',
+           'all_packed_runs', 'label_pictures', 'draw_figures']
 
 # %% ../nbs/12_experiment.ipynb #715a21f5
 import json, os, shutil, sys
@@ -386,15 +386,31 @@ def run_page(
     name:str, # of a page in `tables/`
     given:dict, # parameters of the main job; those that the page has too are handed on
     out_dir, # the run page goes to `out_dir/pages`
+    progress:bool=False, # whether to show a bar over the cells
 )->Path: # of the page with its outputs
     "Run the page of a table through papermill"
     import papermill
-    source = _notebooks()/"tables"/f"{name}.ipynb"
+    source = page_source(name)
     target = project_root()/out_dir/"pages"/f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     known = papermill.inspect_notebook(str(source))
-    papermill.execute_notebook(str(source), str(target), {k: v for k, v in given.items() if k in known and v is not None}, kernel_name="python3", progress_bar=False, cwd=os.getcwd())
+    papermill.execute_notebook(str(source), str(target), {k: v for k, v in given.items() if k in known and v is not None}, kernel_name="python3", progress_bar=progress, cwd=os.getcwd())
     return target
+
+def page_source(
+    name:str, # one of `TABLES`
+)->Path:
+    "The notebook that makes a table"
+    return _notebooks()/("experiments.ipynb" if check_choice("table", name, TABLES) == "overview" else f"tables/{name}.ipynb")
+
+def check_page_parameters(
+    name:str, # one of `TABLES`
+    given:dict, # parameters of its page
+):
+    "Raise `ValueError` for a parameter that the page does not have"
+    import papermill
+    known = papermill.inspect_notebook(str(page_source(name)))
+    for k in given: check_choice(f"parameter of {name}", k, known)
 
 def run_pages(
     names, # of pages in `tables/`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THUMBNAILS', 'PER_ROW', 'CLASSES', 'SIDE', 'STYLE', 'PAGE', 'judged', 'class_samples', 'recovered', 'histogram',
-           'data_uri', 'write_report', 'report_html']
+           'data_uri', 'read_images', 'write_report', 'report_html']
 
 # %% ../nbs/12f_report.ipynb #a5f00004
 import base64, io, json, os
@@ -124,6 +124,12 @@ PAGE = """<!doctype html>
 """
 
 # %% ../nbs/12f_report.ipynb #a5f00014
+def read_images(
+    path, # of an `images.csv`
+)->pd.DataFrame:
+    "The table of images, names as they are: a class may be called 007 or NA, a file may hold bytes that are no UTF-8"
+    return pd.read_csv(path, encoding_errors="surrogateescape", dtype={c: object for c in ("path", "class", "zero_shot_class", "label_1", "label_2")}, keep_default_na=False)
+
 def write_report(
     folder, # that `coft.adapt.adapt` has written
     images=None, # folder of the images, where it has moved since
@@ -132,7 +138,7 @@ def write_report(
     "The report of an adaptation"
     folder = Path(folder)
     if not (folder/"adaptation.json").is_file(): raise FileNotFoundError(f"{folder} holds no adaptation (adaptation.json is not there); the folder that coft adapt has written is needed.")
-    told, table = json.loads((folder/"adaptation.json").read_text()), pd.read_csv(folder/"images.csv", encoding_errors="surrogateescape", dtype={"path": object, "class": object}, keep_default_na=False)
+    told, table = json.loads((folder/"adaptation.json").read_text()), read_images(folder/"images.csv")
     root = Path(images or told["folder"])
     if not root.is_dir(): raise FileNotFoundError(f"{root} is not there any more; say where the images are now.")
     out = Path(out or folder/"report.html")

@@ -213,6 +213,20 @@ def test_templates_with_other_brackets(tmp_path, text, wrong):
     assert f"t.txt: line {wrong} is" in message_of(read_templates, tmp_path / "t.txt")
 
 
+def test_only_estimate_stops_after_the_estimate(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "foresee", lambda *args: dict(hours=2.5, memory_gb=0.75))
+    (tmp_path / "model.unfinished").mkdir()
+    answer = command("adapt", home / "labelled", "-c", home / "classes.txt", "-o", tmp_path / "model", "--set", "top_k=4", "--only-estimate")
+    assert answer.exit_code == 0 and "60 images, 4 classes: about 2 h 30 min and 0.8 GiB" in answer.stdout
+    assert os.listdir(tmp_path) == ["model.unfinished"] and not os.listdir(tmp_path / "model.unfinished")
+
+
+def test_a_prediction_of_nothing_leaves_nothing(adapted, tmp_path):
+    (tmp_path / "empty").mkdir()
+    answer = command("predict", adapted.home / "model", tmp_path / "empty", "-o", tmp_path / "out.csv", "-q")
+    assert answer.exit_code == 2 and "holds no image file" in answer.stderr and os.listdir(tmp_path) == ["empty"]
+
+
 def test_what_may_not_be_read_is_named(tmp_path, digits, monkeypatch):
     for name in ("a.png", "shut/b.png", "open/c.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
