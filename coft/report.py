@@ -103,7 +103,7 @@ PAGE = """<!doctype html>
 <title>coft: {{ name }}</title><style>{{ style|safe }}</style></head><body>
 {% macro pictures(rows) %}<div class="row">{% for p in rows %}<figure>{% if p.uri %}<img src="{{ p.uri }}"{% if p.small %} class="small"{% endif %} alt="{{ p.path }}" loading="lazy">{% else %}<div class="gone">not found</div>{% endif %}<figcaption>{{ p.text }}<br>{{ p.path }}</figcaption></figure>{% endfor %}</div>{% endmacro %}
 {% macro bars(title, counts, second=false) %}<div><h3>{{ title }}</h3><div class="bars{% if second %} second{% endif %}" role="img" aria-label="{{ title }}: {% for c, _ in counts %}{{ c }} between {{ loop.index0 / 10 }} and {{ loop.index / 10 }}{{ ', ' if not loop.last }}{% endfor %}">{% for c, h in counts %}<div style="height: {{ h }}%" title="{{ c }}"></div>{% endfor %}</div><div class="axis"><span>0</span><span>0.5</span><span>1</span></div></div>{% endmacro %}
-<h1>{{ name }}</h1>
+<main><h1>{{ name }}</h1>
 <p>{{ t.model }}, adapted with {{ t.method }} to {{ t.images }} images of {{ t.classes|length }} classes, without a label.</p>
 <ul class="numbers">{% for what, value in numbers %}<li><b>{{ value }}</b>{{ what }}</li>{% endfor %}</ul>
 {% for w in t.warnings %}<p class="warning">{{ w }}</p>{% else %}<p>No warning sign against zero-shot.</p>{% endfor %}
@@ -120,7 +120,7 @@ PAGE = """<!doctype html>
 <h2>Set aside</h2>{% if t.set_aside %}<div class="wide"><table><tr><th>file</th><th>reason</th></tr>{% for file, reason in t.set_aside %}<tr><td>{{ file }}</td><td>{{ reason }}</td></tr>{% endfor %}</table></div>{% else %}<p>Every image could be read.</p>{% endif %}
 <h2>Settings</h2><div class="wide"><table>{% for k, v in t.settings.items() %}<tr><td>{{ k }}</td><td>{{ v }}</td></tr>{% endfor %}</table></div>
 <h2>Where it comes from</h2><div class="wide"><table>{% for k, v in origin.items() %}<tr><td>{{ k }}</td><td>{{ v }}</td></tr>{% endfor %}</table></div>
-</body></html>
+</main></body></html>
 """
 
 # %% ../nbs/12f_report.ipynb #a5f00014
