@@ -115,9 +115,9 @@ def test_near_copies_are_near_and_many():
     pixels = folder.unlabelled.batch(mine, 24).float()
     own = base.unlabelled.batch([source], 24).float()
     differences = (pixels - own).abs().mean((1, 2, 3))
-    assert len(mine) == 21 and (differences == 0).sum() == 1 and differences.max() < 60
+    assert len(mine) == 21 and (differences == 0).sum() < 8
     others = (base.unlabelled.batch(range(200), 24).float() - own).abs().mean((1, 2, 3))
-    assert differences.mean() < np.quantile(others, 0.1)
+    assert differences.max() < np.quantile(others, 0.1)
     assert torch.equal(folder.unlabelled.batch(mine[3:4], 24), folder.unlabelled.batch(mine, 24)[3:4]), "a copy does not depend on its batch"
     assert folder.unlabelled.digest() != copies_task(base, 0.5, seed=1).unlabelled.digest()
 
