@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['JUDGES', 'TEMPLATE_SETS', 'SINGLE_TEMPLATE', 'AFTER_PHASE1', 'PEER_SEED', 'ROUND_SEED', 'RANKINGS', 'CONTRAST_VIEWS',
-           'LABEL_VIEWS', 'CoFTSettings', 'templates_of', 'task_head', 'first_labels', 'PromptedModel', 'phase1_folder',
-           'phase1', 'cross_validate', 'phase2', 'CoFT', 'CoFTPhase1', 'CoFTPlusSettings', 'contrast_views', 'CoFTPlus',
-           'CoFTPlusPhase1', 'CoFTSemiSettings', 'CoFTPlusSemiSettings', 'CoFTSemi', 'CoFTSemiPhase1', 'CoFTPlusSemi',
-           'CoFTPlusSemiPhase1']
+           'LABEL_VIEWS', 'GIVEN_LABELS', 'check_label_model', 'CoFTSettings', 'templates_of', 'task_head',
+           'first_labels', 'PromptedModel', 'phase1_folder', 'phase1', 'cross_validate', 'phase2', 'labelling_run',
+           'CoFT', 'CoFTPhase1', 'CoFTPlusSettings', 'contrast_views', 'CoFTPlus', 'CoFTPlusPhase1', 'CoFTSemiSettings',
+           'CoFTPlusSemiSettings', 'CoFTSemi', 'CoFTSemiPhase1', 'CoFTPlusSemi', 'CoFTPlusSemiPhase1']
 
 # %% ../nbs/07_collaborate.ipynb #1e8e3f49
 import json
@@ -25,14 +25,26 @@ from .clip import FrozenCLIP, load_clip, zero_shot_head
 from .contrast import ContrastView, MomentumContrast, Views, queue_length
 from .core import check_choice, check_flag, check_number, expect_error, sha256_of
 from .data import Task, batches, load_task
+<<<<<<< HEAD
 from .filtering import Similarities, collapse_warning, select_topk, selection_warnings, shortened, softmax_probabilities
 from .members import EncoderMember, LightMember
+=======
+from .filtering import Similarities, believed_labels, collapse_warning, filled_labels, filling_sentences, select_topk, selection_warnings, softmax_probabilities, warning_signs
+>>>>>>> 5f192b5 (Warning signs without a label in every run of CoFT; PromptKD's label-free stage; FixMatch and GRIP with a few labels; where given labels enter CoFT is a switch)
 from .prompts import L2_GRAD, DualPrompt, dual_prompt_losses, random_complement
 from .protocol import Fitted, Method, Run
 from .trainer import EncoderWithHead, Schedule, check_head, train
 
 # %% ../nbs/07_collaborate.ipynb #058ccf07
 JUDGES = ("peer", "self", "nobody", "confidence")
+
+def check_label_model(
+    settings, # with `label_model` and `label_pretrained`
+):
+    "Raise `ValueError` unless both are texts, and weights have a model"
+    for name in ("label_model", "label_pretrained"):
+        if not isinstance(getattr(settings, name), str): raise ValueError(f"{name}: {getattr(settings, name)!r} was given; a text is needed.")
+    if settings.label_pretrained and not settings.label_model: raise ValueError(f"label_pretrained: {settings.label_pretrained!r} was given without label_model, the model whose weights these are.")
 
 @dataclass(frozen=True)
 class CoFTSettings:
@@ -67,13 +79,12 @@ class CoFTSettings:
     label_pretrained:str="" # its weights, as in `load_clip` (ours)
 
     rounds, rank_by, contrastive = 1, "confidence", False # what CoFT+ makes settings of
+    given_labels = "both" # what the semi-supervised methods make a setting of
 
     def __post_init__(self):
         for name, allowed in (("template_set", TEMPLATE_SETS), ("light_module", LIGHT_MODULES), ("visual_depth", DEPTHS), ("l2_grad", L2_GRAD), ("judge", JUDGES)):
             check_choice(name, getattr(self, name), allowed)
-        for name in ("label_model", "label_pretrained"):
-            if not isinstance(getattr(self, name), str): raise ValueError(f"{name}: {getattr(self, name)!r} was given; a text is needed.")
-        if self.label_pretrained and not self.label_model: raise ValueError(f"label_pretrained: {self.label_pretrained!r} was given without label_model, the model whose weights these are.")
+        check_label_model(self)
         for name in ("top_k", "n_context", "n_visual", "lora_rank", "adapter_width"): check_number(name, getattr(self, name), low=1, integer=True)
         for name in ("context_std", "l2_weight"): check_number(name, getattr(self, name), low=0)
         for name in ("fill_short", "strict_filter"): check_flag(name, getattr(self, name))
@@ -164,7 +175,7 @@ class PromptedModel(nn.Module):
 
 # %% ../nbs/07_collaborate.ipynb #98315e6c
 AFTER_PHASE1 = ("template_set", "top_k", "fill_short", "judge", "strict_filter", "head_init", "head_input", "label_model", "label_pretrained", "rounds", "rank_by", "contrastive", "gamma", "momentum", "contrast_tau",
-                "queue", "contrast_views", "label_view", "shots", "balanced", "balance_bound", *(f"phase2_{f.name}" for f in fields(Schedule))) # settings that reach Phase I only through its images and labels, or not at all
+                "queue", "contrast_views", "label_view", "shots", "given_labels", "balanced", "balance_bound", *(f"phase2_{f.name}" for f in fields(Schedule))) # settings that reach Phase I only through its images and labels, or not at all
 
 def phase1_folder(
     run:Run, # model, task, settings
@@ -227,6 +238,15 @@ def phase2(
     return model, train(module, task.unlabelled, np.arange(N), {"label": labels, "accepted": accepted}, *rest, contrast_views(task, s), *more, **kept)
 
 # %% ../nbs/07_collaborate.ipynb #6d8ca655
+def labelling_run(
+    run:Run, # with `label_model` among its settings
+)->Run:
+    "The run of Phase I and filtering: with another CLIP in distillation"
+    s = run.settings
+    if not s.label_model: return run
+    clip = load_clip(s.label_model, s.label_pretrained or None, str(run.clip.device))
+    return run if clip.model_sha256 == run.clip.model_sha256 else replace(run, clip=clip)
+
 PEER_SEED, ROUND_SEED = 1000, 1_000_000 # what model 2, and what each further round, add to the seed
 
 class CoFT(Method):
@@ -249,8 +269,8 @@ class CoFT(Method):
     def _fit(self, run):
         check_head(run.settings.head_init, run.settings.head_input, run.clip)
         given = self.given(run)
-        fitted, models, views = self._rounds(_labeller(run), given)
-        directions = [_with_given(d, given) for d in self.validate(views, run.settings)]
+        fitted, models, views = self._rounds(labelling_run(run), given)
+        directions = [_with_given(d, given, run.settings) for d in self.validate(views, run.settings)]
         members, messages, histories = [], list(fitted.messages), dict(fitted.trace["histories"])
         for g, (labels, accepted, _) in enumerate(directions):
             messages += selection_warnings(labels, accepted, run.task.class_names, f"model {g + 1}")
@@ -274,7 +294,8 @@ class CoFT(Method):
         self.Model(run.clip, names, s, run.seed) # what cannot be built is said before any image is looked at
         P, _ = first_labels(run.clip, run.task, s.template_set)
         chosen = [_add_given(self.select, P, s, given)] * 2
-        found, trace, messages, histories = [], {"zero_shot": P, "selected_index": chosen[0][0], "selected_labels": chosen[0][1], "given_index": given[0]}, _short_classes(P, chosen[0][1][:len(chosen[0][1]) - len(given[0])], s, names), {}
+        chosen_first = chosen[0]
+        found, trace, messages, histories = [], {"zero_shot": P, "selected_index": chosen[0][0], "selected_labels": chosen[0][1], "given_index": given[0]}, [], {}
         for r in range(1, s.rounds + 1):
             models = []
             for g in range(2):
@@ -288,9 +309,18 @@ class CoFT(Method):
             if r == s.rounds: break
             chosen = [_add_given(self.select, v.ranking(s.rank_by), s, given) for v in views]
             trace |= {f"round{r + 1}_selected_{k}_{g + 1}": c[i] for g, c in enumerate(chosen) for i, k in enumerate(("index", "labels"))}
+<<<<<<< HEAD
         trace |= {"histories": histories, "found_phases": found} | {f"phase1_probabilities_{g + 1}": v.probabilities for g, v in enumerate(views)}
         facts = {"unlabelled images": len(P), "images in S*": len(trace["selected_index"]) - len(given[0])} | ({"images with a given label": len(given[0])} if len(given[0]) else {}) | {"images on which both models agree after Phase I": f"{100 * (views[0].labels == views[1].labels).mean():.1f} %"}
         return Fitted((*self.stages, self.name)[0], names, [m.member() for m in models], facts=facts, messages=messages, trace=trace), models, views
+=======
+        index, labels = (c[~np.isin(chosen_first[0], given[0])] for c in chosen_first)
+        believed, filled = believed_labels(views, index, labels), filled_labels(P, index, labels)
+        messages = filling_sentences(P, index, labels, believed, s.top_k, names) + messages
+        trace |= {"histories": histories, "found_phases": found, "signs": warning_signs(P, index, labels, views)} | {f"phase1_probabilities_{g + 1}": v.probabilities for g, v in enumerate(views)}
+        facts = {"unlabelled images": len(P), "images in S*": len(index)} | ({"of these, completed with the nearest others": f"{filled.sum()}, of which {(filled & believed).sum()} look right to both models"} if filled.any() else {}) | ({"images with a given label": len(given[0])} if len(given[0]) else {}) | {"images on which both models agree after Phase I": f"{100 * (views[0].labels == views[1].labels).mean():.1f} %"}
+        return Fitted((*self.stages, self.name)[0], names, [_member(m, run.clip) for m in models], facts=facts, messages=messages, trace=trace), models, views
+>>>>>>> 5f192b5 (Warning signs without a label in every run of CoFT; PromptKD's label-free stage; FixMatch and GRIP with a few labels; where given labels enter CoFT is a switch)
 
 # %% ../nbs/07_collaborate.ipynb #fcf5a120
 class CoFTPhase1(Method):
@@ -301,32 +331,34 @@ class CoFTPhase1(Method):
         return self.whole(self.preset, **self.overrides).settings_for(name)
     def _fit(self, run):
         whole = self.whole()
-        return whole._rounds(_labeller(run), whole.given(run))[0]
+        return whole._rounds(labelling_run(run), whole.given(run))[0]
 
 # %% ../nbs/07_collaborate.ipynb #451bacc4
+<<<<<<< HEAD
 def _labeller(run):
     "The run of Phase I and filtering: another CLIP in distillation"
     s = run.settings
     if not s.label_model: return run
     clip = load_clip(s.label_model, s.label_pretrained or None, str(run.clip.device))
     return run if clip.model_sha256 == run.clip.model_sha256 else replace(run, clip=clip)
+=======
+def _member(model, clip): return lambda images: predict(model.logits, images, clip.image_size)
+>>>>>>> 5f192b5 (Warning signs without a label in every run of CoFT; PromptKD's label-free stage; FixMatch and GRIP with a few labels; where given labels enter CoFT is a switch)
 
 def _add_given(select, P, settings, given):
     "Selected pseudo-labels of the images without a given label, and the given labels"
     free = np.setdiff1d(np.arange(len(P)), given[0])
     index, labels = select(P[free], settings)
+    if settings.given_labels == "phase2": given = [g[:0] for g in given]
     return np.concatenate([free[index], given[0]]), np.concatenate([labels, given[1]])
 
-def _with_given(direction, given):
-    "Given labels are right, whatever the models say"
+def _with_given(direction, given, settings):
+    "Given labels are right, whatever the models say, unless Phase I alone is given them"
+    if settings.given_labels == "phase1": return direction
     labels, accepted, clean = (a.copy() for a in direction)
     labels[given[0]], accepted[given[0]] = given[1], True
     return labels, accepted, clean
 
-def _short_classes(P, selected, settings, names):
-    found, taken = (np.bincount(labels, minlength=P.shape[1]) for labels in (P.argmax(1), selected))
-    what = lambda k: f"its {taken[k]} starting labels were completed with the nearest others" if taken[k] > found[k] else f"its {settings.top_k} starting labels were left incomplete"
-    return shortened((f"Class {names[k]!r} was found in only {found[k]} images; {what(k)}." for k in np.flatnonzero(found < settings.top_k)), f"classes were found in fewer than {settings.top_k} images")
 
 # %% ../nbs/07_collaborate.ipynb #a86b2f6f
 RANKINGS, CONTRAST_VIEWS, LABEL_VIEWS = ("confidence", "p_clean"), ("moco", "task"), ("contrast", "weak")
@@ -373,23 +405,37 @@ class CoFTPlusPhase1(CoFTPhase1):
     name, Settings, whole = "coft+-phase1", CoFTPlusSettings, CoFTPlus
 
 # %% ../nbs/07_collaborate.ipynb #a928969c
+GIVEN_LABELS = ("both", "phase1", "phase2")
+
 @dataclass(frozen=True)
 class CoFTSemiSettings(CoFTSettings):
     "Settings of CoFT with a few labelled images"
+<<<<<<< HEAD
     shots:int=16 # labelled images per class (paper: 2 to 16)
+=======
+    shots:int=16 # labelled images per class
+    given_labels:str="both" # where they enter, one of `GIVEN_LABELS`: S* and the accepted labels of Phase II (inferred), or one of them
+>>>>>>> 5f192b5 (Warning signs without a label in every run of CoFT; PromptKD's label-free stage; FixMatch and GRIP with a few labels; where given labels enter CoFT is a switch)
 
     def __post_init__(self):
         super().__post_init__()
         check_number("shots", self.shots, low=0, integer=True)
+        check_choice("given_labels", self.given_labels, GIVEN_LABELS)
 
 @dataclass(frozen=True)
 class CoFTPlusSemiSettings(CoFTPlusSettings):
     "Settings of CoFT+ with a few labelled images"
+<<<<<<< HEAD
     shots:int=16 # labelled images per class (paper: 2 to 16)
+=======
+    shots:int=16 # labelled images per class
+    given_labels:str="both" # as of `CoFTSemiSettings`
+>>>>>>> 5f192b5 (Warning signs without a label in every run of CoFT; PromptKD's label-free stage; FixMatch and GRIP with a few labels; where given labels enter CoFT is a switch)
 
     def __post_init__(self):
         super().__post_init__()
         check_number("shots", self.shots, low=0, integer=True)
+        check_choice("given_labels", self.given_labels, GIVEN_LABELS)
 
 class CoFTSemi(CoFT):
     "CoFT with a few labelled images per class (Fig. 2, semi-supervised)"

@@ -245,6 +245,10 @@ class FixMatch(Method):
         "Expected shares and how they are tracked; nothing for the plain method"
         return {}
 
+    def training(self, run, tower, slow, alignment)->SelfTraining:
+        "What is trained"
+        return SelfTraining(tower, run.settings, slow, **alignment)
+
     def _fit(self, run):
         clip, task, s = run.clip, run.task, run.settings
         P, head = first_labels(clip, task, s.template_set)
@@ -252,7 +256,7 @@ class FixMatch(Method):
         for tower, learns in zip(towers, (s.train_head, False)): tower.head.requires_grad_(learns)
         if s.average: towers[1].visual.requires_grad_(False)
         alignment = self.alignment(P, s)
-        training = SelfTraining(towers[0], s, towers[1] if s.average else None, **alignment)
+        training = self.training(run, towers[0], towers[1] if s.average else None, alignment)
         views = Views((task.augmentation, strong_view(task, s.strong_views, s.operations, s.cutout)))
         history = train(training, task.unlabelled, np.arange(len(P)), {}, s.schedule(), clip.image_size, views, run.seed, "fixmatch", run.progress, self.title, folder=run.folder, content=run.content())
         answer = EncoderMember(towers[-1])

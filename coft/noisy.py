@@ -85,7 +85,7 @@ class GivenLabels(nn.Module):
 
 class CE(Method):
     "Full fine-tuning on given labels as they are"
-    name, Settings, supervised, title = "ce", GivenLabelSettings, True, "cross-entropy"
+    name, Settings, supervised, noisy, title = "ce", GivenLabelSettings, True, True, "cross-entropy"
 
     def module(self, run, index, labels)->nn.Module:
         "What is trained on given labels [n] of the images `index` [n]"
@@ -357,7 +357,7 @@ class LabelDetector(PromptedModel):
 # %% ../nbs/08h_noisy.ipynb #8a000020
 class DeFT(Method):
     "Denoising fine-tuning: a dual prompt selects given labels, the image tower learns from them (arXiv 2409.19696)"
-    name, Settings, supervised = "deft", DeFTSettings, True
+    name, Settings, supervised, noisy = "deft", DeFTSettings, True, True
 
     def _fit(self, run):
         clip, task, s = run.clip, run.task, run.settings

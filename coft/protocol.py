@@ -83,6 +83,7 @@ class Run:
 class Method:
     "Base of all methods; subclasses set `name`, `Settings` and `_fit`"
     name, supervised, Settings = "", False, None
+    noisy = False # whether it learns from given labels, which may be wrong
     transductive = False # whether the answer for an image depends on the others of the same call
     stages = () # registered names of earlier stages whose results come along
     preset_of = "" # registered name of the method whose presets serve this one; its own by default

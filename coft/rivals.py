@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import coft.consistency, coft.craft, coft.fewshot, coft.pseudolabels, coft.transductive
+import coft.consistency, coft.craft, coft.distillation, coft.fewshot, coft.noisy, coft.pseudolabels, coft.semi, coft.transductive
 from .clip import load_clip, zero_shot_head
 from .collaborate import TEMPLATE_SETS, first_labels, templates_of
 from .core import check_choice, check_flag, check_number, expect_error

@@ -15,7 +15,7 @@ from helpers import QUICK, QUICK_PLUS
 
 OTHER = dict(template_set="ensemble", top_k=7, fill_short=False, judge="self", strict_filter=True, head_init="text", head_input="pre_proj", label_model="embedded", label_pretrained="fonts",
              phase2_optimizer="adamw", phase2_lr=0.5, phase2_epochs=3, phase2_batch_size=7, phase2_weight_decay=0.3, rounds=5, rank_by="p_clean", contrastive=False, gamma=0.7, momentum=0.5, contrast_tau=0.5,
-             queue=64, contrast_views="task", label_view="weak", shots=1, balanced=False, balance_bound=3.0)
+             queue=64, contrast_views="task", label_view="weak", shots=1, given_labels="phase2", balanced=False, balance_bound=3.0)
 
 
 @pytest.fixture(scope="module")

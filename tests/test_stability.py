@@ -94,7 +94,7 @@ def test_short_classes_are_named(clip, task, quick, monkeypatch):
     monkeypatch.setattr("coft.collaborate.softmax_probabilities", lambda *args: P)
     for fill_short, end in ((True, "completed with the nearest others"), (False, "left incomplete")):
         said = CoFT(**quick | dict(fill_short=fill_short)).fit(clip, task, progress=False).messages
-        short = [m for m in said if m.endswith(f"{end}.")]
+        short = [m for m in said if end in m]
         assert len(short) == 3 and "'digit zero' was found in only 0 images; its 4 starting labels" in short[0]
 
 

@@ -1,0 +1,66 @@
+"Warning signs that need no label: counted one image at a time, told in sentences, kept in records."
+import numpy as np
+import pytest
+from coft.experiment import find_or_run
+from coft.filtering import SIGNS, Similarities, believed_labels, filled_labels, filling_sentences, select_topk, warning_signs
+from coft.results import Records
+from helpers import QUICK
+
+
+@pytest.fixture(scope="module")
+def example():
+    "30 images of 3 classes, of which the third is hardly ever predicted, and two models that disagree."
+    rng = np.random.default_rng(0)
+    P = rng.dirichlet([3, 3, 0.3], 30)
+    views = [Similarities(rng.normal(size=(30, 3)), rng.normal(size=(30, 3)) + 0.8, tau=0.01) for _ in range(2)]
+    return P, *select_topk(P, 6), views
+
+
+def percent(hits):
+    hits = list(hits)
+    return round(100 * sum(hits) / len(hits), 2) if hits else None
+
+
+def test_signs_are_counted_image_by_image(example):
+    P, index, labels, views = example
+    signs = warning_signs(P, index, labels, views)
+    clean = lambda q, i, k: views[q].positive[i, k] > views[q].negative[i, k]
+    pairs = list(zip(index, labels))
+    filled = [(i, k) for i, k in pairs if max(range(3), key=lambda j: P[i, j]) != k]
+    own = [[max(range(3), key=lambda j: v.positive[i, j]) for i in range(30)] for v in views]
+    passes = [[clean(1 - g, i, own[g][i]) for i in range(30)] for g in (0, 1)]
+    sizes = [sum(own[g][i] == k and passes[g][i] for g in (0, 1) for i in range(30)) for k in range(3)]
+    expected = dict(filled=percent(p in filled for p in pairs), filled_believed=percent(clean(0, i, k) and clean(1, i, k) for i, k in filled),
+                    selected_believed=percent(clean(0, i, k) and clean(1, i, k) for i, k in pairs), changed=percent(own[g][i] != P[i].argmax() for g in (0, 1) for i in range(30)),
+                    agreement=percent(own[0][i] == own[1][i] for i in range(30)), rejected=percent(not p for g in (0, 1) for p in passes[g]),
+                    rejected_twice=percent(not passes[0][i] and not passes[1][i] for i in range(30)), fits_none=percent(not any(clean(q, i, k) for q in (0, 1) for k in range(3)) for i in range(30)),
+                    smallest_class=round(300 * min(sizes) / sum(sizes), 2), largest_class=round(300 * max(sizes) / sum(sizes), 2))
+    assert signs == expected and set(signs) == set(SIGNS) and len(filled) > 2 and 0 < expected["fits_none"] < 50
+
+
+def test_signs_of_nothing_are_none(example):
+    P, _, _, views = example
+    never = [Similarities(v.positive, v.positive, v.tau) for v in views]
+    signs = warning_signs(P, np.zeros(0, int), np.zeros(0, int), never)
+    assert signs["filled"] is None and signs["filled_believed"] is None and signs["smallest_class"] is None and signs["fits_none"] == 100
+
+
+def test_filling_is_told_with_what_looks_right(example):
+    P, index, labels, views = example
+    filled, believed = filled_labels(P, index, labels), believed_labels(views, index, labels)
+    told = filling_sentences(P, index, labels, believed, 6, ["cat", "dog", "cow"])
+    found, n = int((P.argmax(1) == 2).sum()), int((filled & (labels == 2)).sum())
+    assert told == [f"Class 'cow' was found in only {found} images; its 6 starting labels were completed with the nearest others; {int((filled & believed & (labels == 2)).sum())} of these {n} look right to both models."]
+    own = select_topk(P, 6, fill_short=False)
+    assert filling_sentences(P, *own, believed_labels(views, *own), 6, ["cat", "dog", "cow"]) == [f"Class 'cow' was found in only {found} images; its 6 starting labels were left incomplete."]
+
+
+def test_a_run_and_its_record_carry_the_signs(clip, task, quick_run, tmp_path):
+    fitted = quick_run.fitted
+    signs = fitted.trace["signs"]
+    assert signs["agreement"] == pytest.approx(100 * (fitted.trace["labels_1"] == fitted.trace["labels_2"]).mean(), abs=0.01)
+    assert signs["rejected"] == pytest.approx(100 * (1 - np.mean([fitted.trace["accepted_1"], fitted.trace["accepted_2"]])), abs=0.01)
+    assert signs["filled"] == pytest.approx(100 * (fitted.trace["zero_shot"][fitted.trace["selected_index"]].argmax(1) != fitted.trace["selected_labels"]).mean(), abs=0.01)
+    stage, whole = find_or_run("coft", QUICK, clip, task, 0, Records(tmp_path), progress=False)[0]
+    assert whole["signs"] == stage["signs"] == signs
+    assert find_or_run("zero-shot", {}, clip, task, 0, Records(tmp_path), progress=False)[0][0]["signs"] == {}
