@@ -1,0 +1,148 @@
+"The pages of harder settings, run with few steps on four characters; and what they count."
+import ast
+from dataclasses import replace
+
+import IPython.display
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pytest
+from coft.data import TASKS
+from coft.experiment import Parameters
+from coft.filtering import SIGNS, selection_report
+from coft.pages import accuracy_of_classes, beside_published, caught_strangers, foretelling, mislabelled, shown_with, signs_and_gains, with_relatives
+from coft.protocol import METHODS, get_method
+from coft.results import Records
+from helpers import ROOT
+from test_pages import paper_run
+
+QUICK = {"coft": dict(top_k=4, phase1_epochs=1, phase2_epochs=1), "coft-semi": dict(top_k=4, phase1_epochs=1, phase2_epochs=1), "top-k": dict(epochs=1, top_k=4), "ce": dict(epochs=1), "gmm": dict(epochs=1),
+         "deft": dict(phase1_epochs=1, phase2_epochs=1), "promptkd": dict(epochs=1, batch_size=64), "grip-semi": dict(epochs=1, steps=2), "fixmatch-da-semi": dict(epochs=1)}
+
+
+@pytest.fixture
+def run_page(task, tmp_path, monkeypatch):
+    "Run a page in this process on 72 images; what it shows, as texts, and its names."
+    monkeypatch.setitem(TASKS, "glyphs-toy", lambda: replace(task, name="glyphs-toy"))
+
+    def run(name, **given):
+        shown, space = [], {}
+        monkeypatch.setattr(IPython.display, "display", lambda *things, **_: shown.extend(map(text_of, things)))
+        for cell in nbformat.read(ROOT / f"nbs/tables/{name}.ipynb", 4).cells:
+            if cell.cell_type != "code":
+                continue
+            tree = ast.parse(cell.source)
+            last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+            exec(compile(tree, name, "exec"), space)
+            if "parameters" in cell.metadata.get("tags", []):
+                space.update(dict(out_dir=str(tmp_path / "out"), device="cpu", tasks="glyphs-toy") | given, settings={m: QUICK[m] for m in given["methods"] if m in QUICK})
+            value = last and eval(compile(ast.Expression(last.value), name, "eval"), space)
+            if value is not None:
+                shown.append(text_of(value))
+        plt.close("all")
+        return "\n".join(shown), space, Records(tmp_path / "out").load()
+    return run
+
+
+def text_of(thing):
+    return "PNG" if isinstance(thing, plt.Figure) else getattr(thing, "data", None) if isinstance(thing, IPython.display.Markdown) else str(thing)
+
+
+def test_the_page_of_table_2_runs(run_page):
+    text, page, records = run_page("coft-2", methods=["zero-shot", "coft", "ce", "gmm", "deft"], rates=[0.2, 0.4])
+    assert "RoLT" in text and "difference from coft" in text and text.count("PNG") == 1 and "of 72 given labels are wrong" in text
+    found = {(r["method"], r["task"]) for r in records}
+    assert found == {(m, "glyphs-toy") for m in ("zero-shot", "coft", "coft-phase1")} | {(m, f"glyphs-toy-mislabelled-{r}") for m in ("ce", "gmm", "deft") for r in (20, 40)}
+    assert {r["method"] for r in page["runs"] if r["task"] == "glyphs-toy-mislabelled-40"} == {"zero-shot", "coft", "ce", "gmm", "deft"}, "label-free runs stand beside the others"
+
+
+def test_the_page_of_table_3_runs(run_page):
+    text, page, records = run_page("coft-3", methods=["zero-shot", "coft", "promptkd"])
+    assert "PromptKD" in text and "zero-shot embedded-l" in text and "coft, its own labels" in text and "so no difference is taken" in text
+    teachers = {(r["method"], r["settings"].get("label_model", "")) for r in page["runs"] if r["method"] != "zero-shot"}
+    assert teachers == {("coft", "embedded-l"), ("coft, its own labels", ""), ("promptkd", "embedded-l")}
+    assert "of the answers that PromptKD's teacher gives" in text
+
+
+def test_the_page_of_figure_2_runs(run_page):
+    text, page, records = run_page("coft-fig2", methods=["zero-shot", "coft-semi", "fixmatch-da-semi", "grip-semi"], shots=[1, 2], places=["both", "phase2"])
+    assert "| glyphs-toy | coft-semi |" in text and "| glyphs-toy | coft-semi (phase2) |" in text and "| glyphs-toy | grip-semi |" in text and text.count("PNG") == 1
+    assert {(r["settings"]["shots"], r["settings"].get("given_labels")) for r in records if r["method"] == "coft-semi"} == {(k, place) for k in (1, 2) for place in ("both", "phase2")}
+    assert "difference from coft-semi, 2" in text
+
+
+def test_the_page_of_folders_runs(run_page):
+    text, page, records = run_page("harder-folders", methods=["zero-shot", "coft"], folders="strangers-30", shifts="turn")
+    assert {r["task"] for r in page["runs"]} == {"glyphs-toy", "glyphs-toy-strangers-30"} and "glyphs-toy-turn" in text and "coft, not filled" in text
+    assert page["foretelling"](page["signs"]).runs.max() == 2 and "starting labels that came by filling" in text
+    caught = page["caught_strangers"](page["runs"])
+    assert set(caught.task) == {"glyphs-toy-strangers-30"} and (abs(caught.strangers - 30) < 1).all() and caught.accepted.notna().all()
+    assert {r["settings"].get("fill_short") for r in records if r["method"] == "coft"} == {True, False}
+
+
+# What the pages count
+
+def test_strangers_are_counted_in_the_report():
+    "Four images, of which the last two are strangers; one of these was selected, and each model takes in another one."
+    truth, confident = np.array([0, 1, -1, -1]), np.full((4, 2), [0.9, 0.1])
+    trace = {"selected_index": np.array([0, 2]), "selected_labels": np.array([0, 1])} | {f"{k}_{g}": v for g, kept in ((1, [1, 0, 1, 0]), (2, [1, 1, 0, 0])) for k, v in (("labels", np.zeros(4, int)), ("accepted", np.array(kept, bool)), ("phase1_probabilities", confident))}
+    report = selection_report(trace, truth)
+    assert (report["strangers"], report["selected_strangers"], report["selected_precision"]) == (50.0, 50.0, 50.0)
+    assert (report["accepted_strangers_1"], report["accepted_others_1"], report["accepted_strangers_2"], report["accepted_others_2"]) == (50.0, 50.0, 0.0, 100.0)
+    assert "strangers" not in selection_report(trace, np.array([0, 1, 0, 0]))
+    run = dict(task="t", method="coft", pseudo_labels=report)
+    assert caught_strangers([run, dict(task="t", method="zero-shot", pseudo_labels={})]).to_dict("records") == [{"task": "t", "method": "coft", "strangers": 50.0, "selected": 50.0, "accepted": 25.0, "others accepted": 75.0}]
+
+
+def test_a_sign_that_grows_where_the_method_loses_foretells_harm():
+    signs = dict.fromkeys(SIGNS, 1.0)
+    runs = [dict(task=t, method=m, seed=s, accuracy=a, signs=x) for t, s, gain, rejected in (("a", 0, 5, 1), ("a", 1, 4, 2), ("b", 0, -3, 9)) for m, a, x in (("zero-shot", 50, {}), ("coft", 50 + gain, signs | dict(rejected=rejected, agreement=gain)))]
+    table = signs_and_gains(runs, "coft")
+    assert table.gain.tolist() == [5, 4, -3] and table.rejected.tolist() == [1, 2, 9]
+    found = foretelling(table).set_index("sign").correlation
+    assert found[SIGNS["rejected"]] == -1 and found[SIGNS["agreement"]] == 1 and np.isnan(found[SIGNS["changed"]])
+    assert set(foretelling(table).sign[:2]) == {SIGNS["rejected"], SIGNS["agreement"]}
+
+
+def test_accuracy_of_some_classes_is_counted_from_their_images(task, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "toy", lambda: task)
+    right = np.arange(40) % 3 == 0
+    run = dict(schema=1, key="k", method="coft", task="toy", seed=0)
+    Records(tmp_path).add(run, {"test_right": right[None]})
+    found = accuracy_of_classes([run], [1, 2], Parameters(tasks="toy", out_dir=str(tmp_path))).iloc[0]
+    of = [right[i] for i in range(40) if task.audit.test[i] in (1, 2)]
+    assert found.these == pytest.approx(100 * sum(of) / len(of), abs=0.05) and found.others == pytest.approx(100 * (right.sum() - sum(of)) / (40 - len(of)), abs=0.05)
+
+
+def test_relatives_take_seeds_and_show_runs():
+    p = Parameters(tasks=["digits", "glyphs-toy"], seeds={"digits": [1], "glyphs-toy": [0, 2]})
+    relatives = {"digits": list(mislabelled("digits", [0.2, 0.6]).values()), "glyphs-toy": ["glyphs-toy-copies"]}
+    more = with_relatives(p, relatives)
+    assert more.tasks == ["digits", "digits-mislabelled-20", "digits-mislabelled-60", "glyphs-toy", "glyphs-toy-copies"]
+    assert (more.seeds_of("digits-mislabelled-60"), more.seeds_of("glyphs-toy-copies")) == ([1], [0, 2])
+    assert [r["task"] for r in shown_with([dict(task="digits")], relatives)] == relatives["digits"] and mislabelled("cifar100n", [0.2]) == {"crowd": "cifar100n"}
+
+def test_differences_of_tables_2_and_3():
+    crowd = dict(n_train=50000, n_test=10000)
+    found = beside_published([paper_run("deft", 80.04, "cifar100n", **crowd), paper_run("coft", 78.4, "cifar100n", **crowd)], "coft-2")
+    assert found.method.tolist() == ["DEFT", "CoFT"] and found.difference.tolist() == [1.0, -1.0]
+    taught = dict(label_model="ViT-L-14-quickgelu", label_pretrained="openai")
+    run = paper_run("coft", 88.1)
+    assert beside_published([run], "coft-3", taught).empty, "CoFT without a teacher is not Table 3's"
+    assert beside_published([run | dict(settings=run["settings"] | taught)], "coft-3", taught).difference.tolist() == [1.0]
+    assert beside_published([paper_run("promptkd", 70.0)], "coft-3").empty, "the published PromptKD had another teacher"
+
+def test_the_tuning_page_asks_for_nine_trials_that_can_be():
+    space = {}
+    for cell in nbformat.read(ROOT / "nbs/tuning_noisy.ipynb", 4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, space)
+        if cell.source.startswith("taught"):
+            break
+    assert sorted(m for _, group in space["searches"] for m in group) == sorted(m for m, method in METHODS.items() if method.__module__ in ("coft.noisy", "coft.distillation")) == sorted(space["methods"])
+    for where, group in space["searches"]:
+        assert where.startswith("glyphs-dev") and where in TASKS
+        for m, s in group.items():
+            assert len(s.changes) + space["n_draws"] + 1 == 9
+            for change in [{k: v} for k, values in s.grid.items() for v in values] + s.changes:
+                get_method(m, **s.always | s.here | {k: v[0] for k, v in s.grid.items()} | change)
