@@ -18,7 +18,7 @@ from .clip import FrozenCLIP, load_clip
 from .collaborate import TEMPLATE_SETS, check_label_model, labelling_run, task_head
 from .contrast import VIEWS, few_shot_views
 from .core import check_choice, check_number, expect_error, torch_generator
-from .data import load_task
+from .data import load_task, sample_task
 from .filtering import collapse_warning
 from .protocol import Fitted, Method, get_method
 from .trainer import OPTIMIZERS, Schedule, predict, train

@@ -22,7 +22,7 @@ from .clip import load_clip
 from .collaborate import PromptedModel, task_head
 from .consistency import DECAYS, SteadySchedule, masked_loss
 from .core import check_choice, check_number, expect_error, stream_key
-from .data import load_task
+from .data import load_task, sample_task
 from .harder import noisy_task
 from .protocol import Fitted, Method, Run, get_method
 from .trainer import EncoderWithHead, Schedule, check_head, predict, train

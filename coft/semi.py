@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from .clip import load_clip
 from .consistency import FixMatchDA, FixMatchDASettings, SelfTraining
 from .core import check_number, expect_error, generator, uniforms
-from .data import load_task
+from .data import load_task, sample_task
 from .filtering import select_topk
 from .protocol import get_method
 from .pseudolabels import GRIP, GRIPSettings, PromptLearner, PseudoPrompt
