@@ -25,12 +25,8 @@ from .clip import FrozenCLIP, load_clip, zero_shot_head
 from .contrast import ContrastView, MomentumContrast, Views, queue_length
 from .core import check_choice, check_flag, check_number, expect_error, sha256_of
 from .data import Task, batches, load_task
-<<<<<<< HEAD
-from .filtering import Similarities, collapse_warning, select_topk, selection_warnings, shortened, softmax_probabilities
-from .members import EncoderMember, LightMember
-=======
 from .filtering import Similarities, believed_labels, collapse_warning, filled_labels, filling_sentences, select_topk, selection_warnings, softmax_probabilities, warning_signs
->>>>>>> 5f192b5 (Warning signs without a label in every run of CoFT; PromptKD's label-free stage; FixMatch and GRIP with a few labels; where given labels enter CoFT is a switch)
+from .members import EncoderMember, LightMember
 from .prompts import L2_GRAD, DualPrompt, dual_prompt_losses, random_complement
 from .protocol import Fitted, Method, Run
 from .trainer import EncoderWithHead, Schedule, check_head, train
@@ -309,18 +305,12 @@ class CoFT(Method):
             if r == s.rounds: break
             chosen = [_add_given(self.select, v.ranking(s.rank_by), s, given) for v in views]
             trace |= {f"round{r + 1}_selected_{k}_{g + 1}": c[i] for g, c in enumerate(chosen) for i, k in enumerate(("index", "labels"))}
-<<<<<<< HEAD
-        trace |= {"histories": histories, "found_phases": found} | {f"phase1_probabilities_{g + 1}": v.probabilities for g, v in enumerate(views)}
-        facts = {"unlabelled images": len(P), "images in S*": len(trace["selected_index"]) - len(given[0])} | ({"images with a given label": len(given[0])} if len(given[0]) else {}) | {"images on which both models agree after Phase I": f"{100 * (views[0].labels == views[1].labels).mean():.1f} %"}
-        return Fitted((*self.stages, self.name)[0], names, [m.member() for m in models], facts=facts, messages=messages, trace=trace), models, views
-=======
         index, labels = (c[~np.isin(chosen_first[0], given[0])] for c in chosen_first)
         believed, filled = believed_labels(views, index, labels), filled_labels(P, index, labels)
         messages = filling_sentences(P, index, labels, believed, s.top_k, names) + messages
         trace |= {"histories": histories, "found_phases": found, "signs": warning_signs(P, index, labels, views)} | {f"phase1_probabilities_{g + 1}": v.probabilities for g, v in enumerate(views)}
         facts = {"unlabelled images": len(P), "images in S*": len(index)} | ({"of these, completed with the nearest others": f"{filled.sum()}, of which {(filled & believed).sum()} look right to both models"} if filled.any() else {}) | ({"images with a given label": len(given[0])} if len(given[0]) else {}) | {"images on which both models agree after Phase I": f"{100 * (views[0].labels == views[1].labels).mean():.1f} %"}
-        return Fitted((*self.stages, self.name)[0], names, [_member(m, run.clip) for m in models], facts=facts, messages=messages, trace=trace), models, views
->>>>>>> 5f192b5 (Warning signs without a label in every run of CoFT; PromptKD's label-free stage; FixMatch and GRIP with a few labels; where given labels enter CoFT is a switch)
+        return Fitted((*self.stages, self.name)[0], names, [m.member() for m in models], facts=facts, messages=messages, trace=trace), models, views
 
 # %% ../nbs/07_collaborate.ipynb #fcf5a120
 class CoFTPhase1(Method):
@@ -334,17 +324,6 @@ class CoFTPhase1(Method):
         return whole._rounds(labelling_run(run), whole.given(run))[0]
 
 # %% ../nbs/07_collaborate.ipynb #451bacc4
-<<<<<<< HEAD
-def _labeller(run):
-    "The run of Phase I and filtering: another CLIP in distillation"
-    s = run.settings
-    if not s.label_model: return run
-    clip = load_clip(s.label_model, s.label_pretrained or None, str(run.clip.device))
-    return run if clip.model_sha256 == run.clip.model_sha256 else replace(run, clip=clip)
-=======
-def _member(model, clip): return lambda images: predict(model.logits, images, clip.image_size)
->>>>>>> 5f192b5 (Warning signs without a label in every run of CoFT; PromptKD's label-free stage; FixMatch and GRIP with a few labels; where given labels enter CoFT is a switch)
-
 def _add_given(select, P, settings, given):
     "Selected pseudo-labels of the images without a given label, and the given labels"
     free = np.setdiff1d(np.arange(len(P)), given[0])
@@ -410,12 +389,8 @@ GIVEN_LABELS = ("both", "phase1", "phase2")
 @dataclass(frozen=True)
 class CoFTSemiSettings(CoFTSettings):
     "Settings of CoFT with a few labelled images"
-<<<<<<< HEAD
     shots:int=16 # labelled images per class (paper: 2 to 16)
-=======
-    shots:int=16 # labelled images per class
     given_labels:str="both" # where they enter, one of `GIVEN_LABELS`: S* and the accepted labels of Phase II (inferred), or one of them
->>>>>>> 5f192b5 (Warning signs without a label in every run of CoFT; PromptKD's label-free stage; FixMatch and GRIP with a few labels; where given labels enter CoFT is a switch)
 
     def __post_init__(self):
         super().__post_init__()
@@ -425,12 +400,8 @@ class CoFTSemiSettings(CoFTSettings):
 @dataclass(frozen=True)
 class CoFTPlusSemiSettings(CoFTPlusSettings):
     "Settings of CoFT+ with a few labelled images"
-<<<<<<< HEAD
     shots:int=16 # labelled images per class (paper: 2 to 16)
-=======
-    shots:int=16 # labelled images per class
-    given_labels:str="both" # as of `CoFTSemiSettings`
->>>>>>> 5f192b5 (Warning signs without a label in every run of CoFT; PromptKD's label-free stage; FixMatch and GRIP with a few labels; where given labels enter CoFT is a switch)
+    given_labels:str="both" # as of `CoFTSemiSettings` (inferred)
 
     def __post_init__(self):
         super().__post_init__()

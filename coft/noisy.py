@@ -24,6 +24,7 @@ from .consistency import DECAYS, SteadySchedule, masked_loss
 from .core import check_choice, check_number, expect_error, stream_key
 from .data import load_task, sample_task
 from .harder import noisy_task
+from .members import EncoderMember
 from .protocol import Fitted, Method, Run, get_method
 from .trainer import EncoderWithHead, Schedule, check_head, predict, train
 
@@ -102,7 +103,7 @@ class CE(Method):
         history = train(module, task.unlabelled, index, {"label": labels, "index": index}, s.schedule(), clip.image_size, task.augmentation, run.seed, self.name, run.progress, self.title, folder=run.folder, content=run.content())
         kept = self.kept(module, index)
         facts = {"given labels": len(index), "given labels that counted in the last epoch": int(kept.sum())}
-        return Fitted(self.name, task.class_names, [lambda images: predict(module.model.logits, images, clip.image_size)], facts=facts, trace={"selected_index": index[kept], "selected_labels": labels[kept], "histories": {self.title: history}})
+        return Fitted(self.name, task.class_names, [EncoderMember(module.model)], facts=facts, trace={"selected_index": index[kept], "selected_labels": labels[kept], "histories": {self.title: history}})
 
 # %% ../nbs/08h_noisy.ipynb #8a000010
 LOWEST = 1e-4 # what stands for a zero in a label
@@ -371,7 +372,7 @@ class DeFT(Method):
         facts = {"given labels": len(index), "given labels that passed": int(selected.sum())}
         if not selected.any():
             messages = ["No given label passed in the last epoch of Phase I, so Phase II has nothing to learn from; the positive prompts of Phase I answer instead."]
-            return Fitted(self.name, task.class_names, [lambda images: predict(detector.logits, images, clip.image_size)], facts=facts, messages=messages, trace=trace)
+            return Fitted(self.name, task.class_names, [detector.member()], facts=facts, messages=messages, trace=trace)
         module = SelectedLabels(tower, detector.selected)
         histories["DeFT, Phase II"] = train(module, task.unlabelled, index, columns, s.schedule(2), clip.image_size, task.augmentation, run.seed, "deft phase2", run.progress, "DeFT, Phase II", **kept)
-        return Fitted(self.name, task.class_names, [lambda images: predict(module.model.logits, images, clip.image_size)], facts=facts, trace=trace)
+        return Fitted(self.name, task.class_names, [EncoderMember(module.model)], facts=facts, trace=trace)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from coft.clip import load_clip, weights_digest
 from coft.collaborate import task_head
-from coft.distillation import PromptKD, PromptKDSettings, Student, distillation_loss
+from coft.distillation import PromptKD, PromptKDSettings, Student, StudentMember, distillation_loss
 from helpers import message_of
 
 QUICK = dict(preset="paper", label_model="embedded-l", epochs=1, optimizer="adamw", batch_size=10, views="task")
@@ -65,6 +65,9 @@ def test_the_teacher_labels_and_stays_and_no_label_is_seen(clip, task, relabelle
     v = teacher.image_features(task.unlabelled.batch(range(72), 24))
     labels = (v @ teacher.text_features([task.template.format(n) for n in task.class_names]).T).argmax(1).numpy()
     assert (one.trace["selected_labels"] == labels).all() and "embedded-l" in one.facts["teacher"]
+    member, = one.members
+    again = StudentMember.restore(clip, task.class_names, {k: v.clone() for k, v in member.tensors().items()}, member.config())
+    assert again.module.teacher is None and (again(task.test) == member(task.test)).all(), "a saved student needs no teacher"
 
 
 @pytest.mark.parametrize("settings, message", [(dict(label_pretrained="openai"), "without label_model"), (dict(temperature=0), "temperature: 0"), (dict(n_visual=0), "n_visual: 0"), (dict(views="moco"), "views: 'moco'")])
