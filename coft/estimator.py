@@ -119,6 +119,7 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):
         clip = self.clip if self.clip is not None else load_clip(self.model, self.pretrained, self.device)
         described = {k: tuple(v) if isinstance(v, list) else v for k in ("template", "templates", "llm_templates", "augmentation") if (v := getattr(self, k)) is not None}
         task = _task_of(source, names, labels if method.supervised else None, described)
+        if method.noisy: task = replace(task, _noisy=task.audit.train)
         fitted = method.fit(clip, task, self.seed, self.progress, self.state_folder)
         return self._learned(fitted, clip, task, indices)
 

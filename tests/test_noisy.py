@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from coft.data import Audit
+from coft.estimator import VLMClassifier
 from coft.harder import noisy_task
 from coft.noisy import (CE, DeFT, DeFTSettings, GivenLabelSettings, GMM, LabelDetector, LowLossLabels, SteadyLabels, clean_by_loss, deft_clean_loss,
                         symmetric_cross_entropy, tower_with_head)
@@ -204,3 +205,9 @@ def test_true_labels_reach_no_method_and_a_killed_run_goes_on(name, clip, noisy,
     (GMM, dict(warmup_epochs=-1), "warmup_epochs: -1"), (GMM, dict(threshold=2), "threshold: 2"), (DeFT, dict(script="real"), "script: 'real'"), (DeFT, dict(n_context=0), "n_context: 0")])
 def test_bad_settings_are_named(method, settings, message):
     assert message in message_of(method, **settings)
+
+
+def test_labels_that_a_user_gives_are_the_given_ones(clip, noisy):
+    labels = noisy.labelled(noisy=True)[1]
+    fitted = VLMClassifier(noisy.class_names, method="ce", clip=clip, preset="paper", settings=dict(epochs=1), template=noisy.template, augmentation=noisy.augmentation).fit(noisy.unlabelled.pixels, labels)
+    assert (fitted.fitted_.trace["selected_labels"] == labels).all()
