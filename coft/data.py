@@ -7,8 +7,8 @@ __all__ = ['KEEP_BYTES', 'N_AUGMENT', 'NO_FLIP', 'CHARACTER_TEMPLATE', 'CHARACTE
            'CHARACTERS_DESCRIBED', 'DESCRIBED', 'STORED', 'HARD', 'SHIFTS', 'PROFILE_TASKS', 'EMBEDDED_TASKS', 'TASKS',
            'ArrayImages', 'clip_geometry', 'resize_and_crop', 'squeeze', 'Augmentation', 'augment', 'batches', 'Audit',
            'Task', 'SomeImages', 'sample_task', 'read_class_names', 'read_templates', 'digits_task', 'glyphs_task',
-           'glyphs_dev_task', 'glyphs_report_task', 'glyphs_toy_task', 'shift_images', 'shifted_digits_task',
-           'register_task', 'load_task']
+           'glyphs_dev_task', 'glyphs_report_task', 'glyphs_toy_task', 'shift_images', 'shifted_task',
+           'shifted_digits_task', 'register_task', 'load_task']
 
 # %% ../nbs/02_data.ipynb #32ec503c
 import json, os
@@ -154,7 +154,7 @@ def batches(
 @dataclass(frozen=True)
 class Audit:
     "True labels, for evaluation and plots only"
-    train:np.ndarray|None # [n_train] class indices; None where nobody knows them
+    train:np.ndarray|None # [n_train] class indices, -1 for an image of none of the classes; None where nobody knows them
     test:np.ndarray|None # [n_test] class indices; None where nobody knows them
 
 # %% ../nbs/02_data.ipynb #83b0864c
@@ -190,7 +190,7 @@ class Task:
         return replace(self, _labels=None, _noisy=None)
 
     def _given(self, noisy):
-        if noisy and self._noisy is None: raise PermissionError(f"task {self.name!r} has no given noisy labels here; of the registered tasks only 'cifar100n' has them.")
+        if noisy and self._noisy is None: raise PermissionError(f"task {self.name!r} has no given noisy labels here; 'cifar100n' has them, and tasks that `coft.harder.noisy_task` makes, such as 'digits-mislabelled-40'.")
         train = self._noisy if noisy else self.audit.train
         if train is None: raise PermissionError(f"nobody has labelled the training images of task {self.name!r}; supervised methods cannot train on it.")
         return train
@@ -202,7 +202,9 @@ class Task:
     ): # (indices into `unlabelled`, their labels)
         "Labelled training images, for supervised methods only"
         train = self._given(noisy)
-        if shots is None: return np.arange(len(train)), train
+        if shots is None:
+            index = np.flatnonzero(train >= 0)
+            return index, train[index]
         check_number("shots", shots, low=1, integer=True)
         rng = generator(seed, "shots")
         chosen = [rng.choice(rows, shots, replace=len(rows) < shots) for rows in (np.flatnonzero(train == k) for k in range(len(self.class_names))) if len(rows)]
@@ -344,13 +346,13 @@ def glyphs_toy_task()->Task:
 SHIFTS = ("noise", "cover", "faint", "turn")
 
 def shift_images(
-    pixels:np.ndarray, # uint8 [n, h, w]
+    pixels:np.ndarray, # uint8 [n, h, w] or [n, h, w, 3]
     how:str, # one of `SHIFTS`
     strength:float=1.0, # 0 leaves the images as they are
-)->np.ndarray: # uint8 [n, h, w]
+)->np.ndarray: # uint8, the same shape
     "The same images after one change, the same at every call"
     check_choice("how", how, SHIFTS)
-    rng, (n, h, w) = generator(0, "shift", how), pixels.shape
+    rng, (n, h, w) = generator(0, "shift", how), pixels.shape[:3]
     x = pixels.astype(np.float32)
     if how == "noise": x += strength * 60 * rng.standard_normal(x.shape)
     elif how == "faint": x = 128 + (x - 128) * (1 - 0.7 * strength)
@@ -362,16 +364,25 @@ def shift_images(
         angle = torch.from_numpy(np.deg2rad(strength * 40 * (2 * rng.random(n) - 1)).astype(np.float32))
         c, s, zero = angle.cos(), angle.sin(), torch.zeros(n)
         field = F.affine_grid(torch.stack([torch.stack([c, -s, zero], -1), torch.stack([s, c, zero], -1)], 1), (n, 1, h, w), align_corners=False)
-        x = F.grid_sample(torch.from_numpy(x)[:, None], field, padding_mode="border", align_corners=False)[:, 0].numpy()
+        x = F.grid_sample(torch.from_numpy(x.reshape(n, h, w, -1)).movedim(-1, 1), field, padding_mode="border", align_corners=False).movedim(1, -1).numpy().reshape(x.shape)
     return x.round().clip(0, 255).astype(np.uint8)
+
+def shifted_task(
+    task:Task, # whose images are square
+    how:str, # one of `SHIFTS`
+    size:int, # pixels of the changed images
+)->Task:
+    "The same training images, changed test images; only reports"
+    pixels = task.test.batch(range(len(task.test)), size)
+    grey = torch.equal(pixels, pixels[:, :1].expand_as(pixels))
+    return replace(task, name=f"{task.name}-{how}", test=ArrayImages(shift_images(pixels[:, 0].numpy() if grey else pixels.movedim(1, -1).numpy(), how)))
 
 @lru_cache
 def shifted_digits_task(
     how:str, # one of `SHIFTS`
 )->Task:
     "Clean training digits, changed test digits; only reports"
-    clean = digits_task()
-    return replace(clean, name=f"digits-{how}", test=ArrayImages(shift_images(clean.test.batch(range(len(clean.test)), 24)[:, 0].numpy(), how)))
+    return shifted_task(digits_task(), how, 24)
 
 # %% ../nbs/02_data.ipynb #25276b36
 PROFILE_TASKS = {"embedded": ["digits"], "paper": ["digits"]} # profile -> tasks of the main job

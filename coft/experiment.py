@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
-import coft.datasets, coft.rivals
+import coft.harder, coft.rivals
 from .clip import PROFILE_MODELS, check_device, load_clip
 from .core import check_choice, check_flag, check_number, expect_error, replace_file, sha256_of
 from .data import PROFILE_TASKS, TASKS, load_task, sample_task
@@ -30,7 +30,7 @@ from .results import REVISION, SCHEMA, Records, accuracy_table, git_state, insta
 
 # %% ../nbs/12_experiment.ipynb #da118a47
 DEFAULT_METHODS = ["zero-shot", "zero-shot-ensemble", "top-k", "coft", "supervised"]
-TABLES = ["overview", "coft-1", "coft-4", "coft-5", "ablations-coft", "craft-1", "craft-shift", "craft-cost", "ablations-craft", "photos"]
+TABLES = ["overview", "coft-1", "coft-2", "coft-3", "coft-4", "coft-5", "coft-fig2", "ablations-coft", "harder-folders", "craft-1", "craft-shift", "craft-cost", "ablations-craft", "photos"]
 DEVICES = ("auto", "cpu", "cuda")
 
 # %% ../nbs/12_experiment.ipynb #39f17d81
@@ -213,7 +213,7 @@ def run_method(
     for f, t, P in (*stages.values(), *((fitted, t, _for_classes(fitted.predict_all(t.test), task, t)) for t in elsewhere)):
         truth = t.audit.test
         record = dict(schema=SCHEMA, key=_key(f.method, settings, clip, task, seed, t), method=f.method, task=t.name, model=clip.name, pretrained=clip.pretrained, seed=seed) | _accuracies(P, truth)
-        record |= dict(n_train=len(task.unlabelled), n_test=len(t.test), **cost, resumed=resumed, preset=method.preset or clip.preset, settings=settings, messages=f.messages, pseudo_labels=selection_report(f.trace, task.audit.train), quarantine=[list(q) for q in task.quarantine], versions=installed_versions(),
+        record |= dict(n_train=len(task.unlabelled), n_test=len(t.test), **cost, resumed=resumed, preset=method.preset or clip.preset, settings=settings, messages=f.messages, pseudo_labels=selection_report(f.trace, task.audit.train), signs=f.trace.get("signs", {}), quarantine=[list(q) for q in task.quarantine], versions=installed_versions(),
                        git=git_state(Path(__file__).parent if "__file__" in globals() else "."), machine=machine_name(), device=str(clip.device), weights_sha256=clip.weights_sha256, model_sha256=_models_sha256(clip, settings), data_sha256=t.data_sha256, trained_on=task.name, finished=datetime.now(timezone.utc).isoformat(timespec="seconds"))
         records.add(record, {"test_probabilities": P, "test_right": P.argmax(-1) == truth} | ({k: v for k, v in f.trace.items() if isinstance(v, np.ndarray)} if t is task else {}))
         added.append(record)

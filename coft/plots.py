@@ -322,7 +322,7 @@ def plot_images(
     n = check_number("per_row", per_row, low=1, integer=True)
     groups = image_groups(view, low)
     shown = [evenly_spaced(table.drop_duplicates("image"), n) for table in groups.values()]
-    titles = [[_title(view.class_names[g], view.class_names[t]) for g, t in zip(table.given, table.true)] for table in shown]
+    titles = [[_title(view.class_names[g], view.class_names[t] if t >= 0 else "no class here") for g, t in zip(table.given, table.true)] for table in shown]
     heights = [1 + 0.13 * max(t.count("\n") + 1 for t in row) if row else 0.35 for row in titles]
     figure = _figure(max(0.78 * n, 6), sum(heights))
     for part, (name, table), some, row in zip(figure.subfigures(len(groups), 1, height_ratios=heights), groups.items(), shown, titles):
