@@ -678,6 +678,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'coft.filtering.collapse_warning': ('filtering.html#collapse_warning', 'coft/filtering.py'),
                                 'coft.filtering.filled_labels': ('filtering.html#filled_labels', 'coft/filtering.py'),
                                 'coft.filtering.filling_sentences': ('filtering.html#filling_sentences', 'coft/filtering.py'),
+                                'coft.filtering.held_for_clean': ('filtering.html#held_for_clean', 'coft/filtering.py'),
                                 'coft.filtering.label_quality': ('filtering.html#label_quality', 'coft/filtering.py'),
                                 'coft.filtering.select_topk': ('filtering.html#select_topk', 'coft/filtering.py'),
                                 'coft.filtering.selection_report': ('filtering.html#selection_report', 'coft/filtering.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'SIGNS', 'softmax_probabilities', 'check_room', 'select_topk', 'Similarities', 'Quality', 'label_quality',
-           'selection_report', 'collapse_warning', 'shortened', 'selection_warnings', 'filled_labels',
+           'selection_report', 'collapse_warning', 'shortened', 'selection_warnings', 'filled_labels', 'held_for_clean',
            'believed_labels', 'filling_sentences', 'warning_signs']
 
 # %% ../nbs/05_filtering.ipynb #c7476f55
@@ -188,13 +188,21 @@ def filled_labels(
     "Which labels came by filling: the image's likeliest class is another"
     return np.asarray(P)[index].argmax(1) != labels
 
+def held_for_clean(
+    view:Similarities, # of one model
+    index:np.ndarray, # images [n]
+    labels:np.ndarray, # their labels [n]
+)->np.ndarray: # [n] bool
+    "Which labels this model holds for clean: s+ > s-"
+    return view.positive[index, labels] > view.negative[index, labels]
+
 def believed_labels(
     views, # two `Similarities`, one per model
     index:np.ndarray, # images [n]
     labels:np.ndarray, # their labels [n]
 )->np.ndarray: # [n] bool
     "Which labels both models hold for clean: s+ > s- by either"
-    return np.logical_and(*(v.positive[index, labels] > v.negative[index, labels] for v in views))
+    return np.logical_and(*(held_for_clean(v, index, labels) for v in views))
 
 def filling_sentences(
     P:np.ndarray, # [N, C] probabilities that the labels were selected by
@@ -227,7 +235,7 @@ def warning_signs(
     share = lambda hits: round(100 * float(np.mean(hits)), 2) if len(hits) else None
     filled, believed = filled_labels(P, index, labels), believed_labels(views, index, labels)
     own, first = [v.labels for v in views], np.asarray(P).argmax(1)
-    accepted = [views[1 - g].accepts(own[g]) for g in (0, 1)]
+    accepted = [held_for_clean(views[1 - g], np.arange(len(own[g])), own[g]) for g in (0, 1)]
     sizes = sum(np.bincount(own[g][accepted[g]], minlength=np.shape(P)[1]) for g in (0, 1))
     by_equal_share = lambda n: round(100 * float(n * len(sizes) / sizes.sum()), 2) if sizes.any() else None
     return {"filled": share(filled), "filled_believed": share(believed[filled]), "selected_believed": share(believed), "changed": share(np.concatenate([y != first for y in own])),
