@@ -161,7 +161,7 @@ def test_names_come_from_the_labels_where_none_are_given(X, y, task, like):
 
 
 def test_label_free_methods_do_not_look_at_labels(X, y, like):
-    estimator = CoFTClassifier(settings=FEW_STEPS, preset="paper", **like)
+    estimator = VLMClassifier(method="fpl", settings=dict(top_k=2, n_context=2, epochs=2), preset="paper", **like)
     P = clone(estimator).fit(X, y).predict_proba(X)
     assert (clone(estimator).fit(X, np.zeros(3, int)).predict_proba(X) == P).all()
     unlabelled = clone(estimator).fit(X)

@@ -300,7 +300,7 @@ def test_only_towers_of_their_own_are_exported(fit, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["coft", "coft-phase1", "tip-adapter", "lafter", "linear-probe"])
+@pytest.mark.parametrize("name", ["coft", "coft-phase1", "tip-adapter", "lafter"])
 def test_onnx_says_what_torch_says(name, fit, task, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     fitted = fit(name)
