@@ -158,7 +158,7 @@ class FeatureCache(nn.Module):
         "Cross-entropy on the labels"
         return {"loss": F.cross_entropy(self.logits(pixels), label)}
 
-# %% ../nbs/08c_fewshot.ipynb #71a0c00e
+# %% ../nbs/08c_fewshot.ipynb #8c6d0001
 class CacheMember(Member):
     "A cache of labelled features beside the zero-shot classifier"
     kind = "cache"
