@@ -101,7 +101,7 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>coft: {{ name }}</title><style>{{ style|safe }}</style></head><body>
-{% macro pictures(rows) %}<div class="row">{% for p in rows %}<figure>{% if p.uri %}<img src="{{ p.uri }}"{% if p.small %} class="small"{% endif %} alt="{{ p.path }}" loading="lazy">{% else %}<div class="gone">not found</div>{% endif %}<figcaption>{{ p.text }}<br>{{ p.path }}</figcaption></figure>{% endfor %}</div>{% endmacro %}
+{% macro pictures(rows) %}<div class="row">{% for p in rows %}<figure>{% if p.uri %}<img src="{{ p.uri }}"{% if p.small %} class="small"{% endif %} alt="{{ p.path }}">{% else %}<div class="gone">not found</div>{% endif %}<figcaption>{{ p.text }}<br>{{ p.path }}</figcaption></figure>{% endfor %}</div>{% endmacro %}
 {% macro bars(title, counts, second=false) %}<div><h3>{{ title }}</h3><div class="bars{% if second %} second{% endif %}" role="img" aria-label="{{ title }}: {% for c, _ in counts %}{{ c }} between {{ loop.index0 / 10 }} and {{ loop.index / 10 }}{{ ', ' if not loop.last }}{% endfor %}">{% for c, h in counts %}<div style="height: {{ h }}%" title="{{ c }}"></div>{% endfor %}</div><div class="axis"><span>0</span><span>0.5</span><span>1</span></div></div>{% endmacro %}
 <main><h1>{{ name }}</h1>
 <p>{{ t.model }}, adapted with {{ t.method }} to {{ t.images }} images of {{ t.classes|length }} classes, without a label.</p>
