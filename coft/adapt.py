@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEW', 'HALF', 'CHUNK', 'TOP', 'folder_task', 'other_endings', 'file_names', 'label_free_method', 'label_free',
-           'foresee', 'unfinished', 'check_out', 'adapt', 'image_table', 'class_table', 'warning_signs', 'summary',
-           'summary_text', 'set_aside_text', 'duration', 'text_table', 'image_chunks', 'Predictions', 'predict_folder',
-           'answering', 'evaluate_folder', 'class_folders', 'evaluation_text']
+           'foresee', 'unfinished', 'check_out', 'adapt', 'image_table', 'class_table', 'signs_against_zero_shot',
+           'summary', 'summary_text', 'set_aside_text', 'duration', 'text_table', 'image_chunks', 'Predictions',
+           'predict_folder', 'answering', 'evaluate_folder', 'class_folders', 'evaluation_text']
 
 # %% ../nbs/12e_adapt.ipynb #a5ad0004
 import csv, io, json, os, shutil, sys
@@ -192,7 +192,7 @@ def class_table(
     table["underserved"] = (table.images < fair) | ((table.accepted.fillna(0) == 0) if pairs else False)
     return table
 
-def warning_signs(
+def signs_against_zero_shot(
     images:pd.DataFrame, # from `image_table`
     classes:pd.DataFrame, # from `class_table`
 )->list: # sentences
@@ -217,7 +217,7 @@ def summary(
     "What can be told about an adaptation without labels"
     classes = class_table(images, task.class_names)
     told = dict(method=fitted.method, images=len(images), copies=len(images) - len(set(task.unlabelled.checksums())), set_aside=[list(q) for q in task.quarantine],
-                changed=float((images["class"] != images.zero_shot_class).mean()), classes=json.loads(classes.to_json(orient="records")), warnings=warning_signs(images, classes), messages=[m for m in fitted.messages if "could not be read" not in m])
+                changed=float((images["class"] != images.zero_shot_class).mean()), classes=json.loads(classes.to_json(orient="records")), warnings=signs_against_zero_shot(images, classes), messages=[m for m in fitted.messages if "could not be read" not in m])
     if "label_2" in images: told |= dict(agreement=float((images.label_1 == images.label_2).mean()), accepted=float(np.mean([images.accepted_1, images.accepted_2])))
     return told
 

@@ -363,7 +363,7 @@ EVEN = {"a": 25, "b": 25, "c": 25, "d": 25}
     (made_up(EVEN, EVEN, accepted=0.1), "accepted only 10 % of each other's labels"),
 ], ids=str)
 def test_warning_signs(images, sign):
-    signs = room.warning_signs(images, room.class_table(images, list(EVEN)))
+    signs = room.signs_against_zero_shot(images, room.class_table(images, list(EVEN)))
     assert signs == [] if sign is None else any(sign in s for s in signs)
 
 
