@@ -212,6 +212,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                            'coft.clip.kept_pieces': ('clip.html#kept_pieces', 'coft/clip.py'),
                            'coft.clip.load_clip': ('clip.html#load_clip', 'coft/clip.py'),
                            'coft.clip.open_vocabulary': ('clip.html#open_vocabulary', 'coft/clip.py'),
+                           'coft.clip.takes_pixel_statistics': ('clip.html#takes_pixel_statistics', 'coft/clip.py'),
                            'coft.clip.tokenize': ('clip.html#tokenize', 'coft/clip.py'),
                            'coft.clip.weights_digest': ('clip.html#weights_digest', 'coft/clip.py'),
                            'coft.clip.zero_shot_head': ('clip.html#zero_shot_head', 'coft/clip.py')},

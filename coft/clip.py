@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_MODELS', 'PHOTO_MODEL', 'EMBEDDED', 'BYTE_PIECES', 'MERGES', 'LONG_TEXTS', 'PROFILE_MODELS',
-           'CompactTokenizer', 'kept_pieces', 'open_vocabulary', 'tokenize', 'FrozenCLIP', 'load_clip', 'check_device',
-           'weights_digest', 'check_shapes', 'fill_module', 'build_embedded', 'zero_shot_head', 'PromptEncoder']
+           'CompactTokenizer', 'kept_pieces', 'open_vocabulary', 'tokenize', 'FrozenCLIP', 'load_clip',
+           'takes_pixel_statistics', 'check_device', 'weights_digest', 'check_shapes', 'fill_module', 'build_embedded',
+           'zero_shot_head', 'PromptEncoder']
 
 # %% ../nbs/01_clip.ipynb #891a37cc
 import json, logging, os, re, warnings, zipfile
@@ -195,6 +196,14 @@ def _check_pixels(is_checkpoint, **statistics):
     for k, v in given.items():
         if not isinstance(v, (tuple, list)) or len(v) != 3 or not all(isinstance(x, (int, float)) for x in v): raise ValueError(f"{k}: {v!r} was given; three numbers are needed, one per channel.")
         if k == "std" and min(v) <= 0: raise ValueError(f"std: {v!r} was given; numbers above 0 are needed.")
+
+def takes_pixel_statistics(
+    model:str, # as in `load_clip`
+    pretrained:str, # as in `load_clip`
+)->bool:
+    "Whether `load_clip` takes `mean` and `std` with these weights: a file of the user's own"
+    if model in EMBEDDED_MODELS or pretrained == "random": return False
+    return model == PHOTO_MODEL or _is_checkpoint(model, pretrained)
 
 def check_device(
     device:str, # "cpu", "cuda", "cuda:1", ..., or "auto" for a GPU where there is one

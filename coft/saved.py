@@ -18,7 +18,7 @@ from torch import nn
 
 import coft.rivals
 from . import __version__
-from .clip import EMBEDDED_MODELS, PHOTO_MODEL, _is_checkpoint, load_clip
+from .clip import load_clip, takes_pixel_statistics
 from .core import check_class_names, check_number, expect_error, read_json, replace_file, sha256_of
 from .data import Task
 from .members import MEMBER_KINDS, Member
@@ -154,8 +154,7 @@ def _check_file(folder, name, files):
     if found != files.get(name): raise ValueError(f"{name}: sha256 {files.get(name)} is expected, {found} was found ({path.stat().st_size} bytes). The file is damaged, cut off, or of another result; get the folder again.")
 
 def _load_frozen(about, device):
-    own = about["model"] not in EMBEDDED_MODELS and about["pretrained"] != "random" and (about["model"] == PHOTO_MODEL or _is_checkpoint(about["model"], about["pretrained"]))
-    pixels = {k: about[f"image_{k}"] for k in ("mean", "std")} if own else {}
+    pixels = {k: about[f"image_{k}"] for k in ("mean", "std")} if takes_pixel_statistics(about["model"], about["pretrained"]) else {}
     try: return load_clip(about["model"], about["pretrained"], device, **pixels)
     except ValueError as e: raise ValueError(f"the frozen model of this result, {about['model']!r} with {about['pretrained']!r}, cannot be loaded here; load it and give it as `clip`. {e}") from e
 

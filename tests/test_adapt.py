@@ -260,7 +260,8 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path, digits):
 def test_ctrl_c_leaves_a_state_from_which_the_same_command_goes_on(home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
     arguments = ["adapt", "photos", "-c", "classes.txt", "-o", str(tmp_path / "model"), *SETTINGS, "--set", "phase1_epochs=20", "--set", "phase1_batch_size=32", "--no-estimate", "--quiet"]
-    running = subprocess.Popen([COMMAND, *arguments], cwd=home, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler) # jobs in the background of a shell ignore it
+    running = subprocess.Popen([COMMAND, *arguments], cwd=home, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     state = tmp_path / "model.unfinished/phases/phase-i-model-1.pt"
     deadline = time.monotonic() + 300
     while not state.exists() and running.poll() is None and time.monotonic() < deadline:

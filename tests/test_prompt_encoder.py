@@ -98,7 +98,7 @@ def test_too_long_name_is_named(model_and_names):
     long = " ".join([word] * clip.model.context_length)
     with pytest.raises(ValueError) as error:
         PromptEncoder(clip, [*names, long], 16)
-    assert long in str(error.value) and f"room for {clip.model.context_length}" in str(error.value)
+    assert long[:30] in str(error.value) and f"room for {clip.model.context_length}" in str(error.value)
 
 
 def written_out(visual, pixels, tokens):
