@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from tabulate import tabulate
 from tqdm import tqdm
 
 from .clip import FrozenCLIP
@@ -257,8 +258,9 @@ def duration(seconds:float)->str:
 
 def text_table(rows)->list: # lines
     "Rows of texts, one column below the other, numbers to the right"
-    width = [max((len(r[i]) for r in rows if i < len(r)), default=0) for i in range(max(map(len, rows)))]
-    return ["  ".join(c.ljust(width[i]) if i == 0 or i == len(width) - 1 else c.rjust(width[i]) for i, c in enumerate(r)).rstrip() for r in rows]
+    width = max(map(len, rows))
+    align = ["left" if i in (0, width - 1) else "right" for i in range(width)]
+    return [line.rstrip() for line in tabulate([[*r, *[""] * (width - len(r))] for r in rows], tablefmt="plain", colalign=align, disable_numparse=True).splitlines()]
 
 # %% ../nbs/12e_adapt.ipynb #a5ad0031
 CHUNK, TOP = 256, 5 # files at a time, classes in a row

@@ -27,7 +27,7 @@ from .contrast import TO_YIQ, ContrastView, Views, follow
 from .core import check_choice, check_flag, check_number, expect_error, torch_generator
 from .data import Augmentation, Task, load_task
 from .filtering import collapse_warning, shortened
-from .members import EncoderMember, Member, check_shapes
+from .members import EncoderMember, ModuleMember, check_shapes
 from .protocol import Fitted, Method, Run, get_method
 from .pseudolabels import FeatureImages
 from .trainer import EncoderWithHead, Schedule, predict, train
@@ -471,20 +471,10 @@ class Learner(nn.Module):
         return {"loss": F.cross_entropy(self.logits(pixels), label, label_smoothing=self.settings.smoothing)}
 
 # %% ../nbs/08f_consistency.ipynb #8f6d0001
-class LearnerMember(Member):
+class LearnerMember(ModuleMember):
     "Norm layers, prompt tokens and classifier of LaFTer; the rest of the tower is the frozen one"
     kind = "lafter"
     why_no_tower = "its prompt tokens are further inputs of the attention, no weights"
-
-    def __init__(self,
-        model:Learner, # trained
-    ):
-        super().__init__(model.clip)
-        self.module = model
-
-    def logits(self, pixels):
-        "As `Learner.logits`"
-        return self.module.logits(pixels)
 
     def tensors(self): return {k: v for k, v in self.module.named_parameters() if v.requires_grad}
 

@@ -20,7 +20,7 @@ from .contrast import VIEWS, few_shot_views
 from .core import check_choice, check_number, expect_error, torch_generator
 from .data import load_task, sample_task
 from .filtering import collapse_warning
-from .members import Member
+from .members import ModuleMember
 from .protocol import Fitted, Method, get_method
 from .trainer import OPTIMIZERS, Schedule, predict, train
 
@@ -104,22 +104,10 @@ class Student(nn.Module):
         self.projection.eval()
         return self.scores(pixels)
 
-class StudentMember(Member):
+class StudentMember(ModuleMember):
     "A student that has learned; its teacher is not needed any more"
     kind = "student"
     why_no_tower = "its prompt tokens are further inputs of the attention, no weights"
-
-    def __init__(self,
-        model:Student, # trained
-    ):
-        super().__init__(model.clip)
-        self.module = model
-
-    def logits(self, pixels):
-        "As `Student.logits`"
-        return self.module.logits(pixels)
-
-    def tensors(self): return self.module.state_dict()
 
     def config(self): return {k: getattr(self.module.settings, k) for k in ("n_visual", "prompted_blocks", "hidden")}
 

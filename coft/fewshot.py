@@ -22,7 +22,7 @@ from .collaborate import TEMPLATE_SETS, task_head
 from .contrast import VIEWS, few_shot_views
 from .core import check_choice, check_number, expect_error, generator, torch_generator
 from .data import Task, batches, load_task
-from .members import LinearHead, Member, check_shapes, raw_features
+from .members import LinearHead, ModuleMember, check_shapes, raw_features
 from .protocol import Fitted, Method, get_method
 from .trainer import OPTIMIZERS, Schedule, train
 
@@ -159,20 +159,9 @@ class FeatureCache(nn.Module):
         return {"loss": F.cross_entropy(self.logits(pixels), label)}
 
 # %% ../nbs/08c_fewshot.ipynb #8c6d0001
-class CacheMember(Member):
-    "A cache of labelled features beside the zero-shot classifier"
+class CacheMember(ModuleMember):
+    "A cache of labelled features beside the zero-shot classifier, tuned or not"
     kind = "cache"
-
-    def __init__(self,
-        cache:FeatureCache, # tuned or not
-    ):
-        super().__init__(cache.clip)
-        self.module = cache
-
-    @torch.no_grad()
-    def logits(self, pixels):
-        "As `FeatureCache.logits`"
-        return self.module.logits(pixels)
 
     def tensors(self): return {"head": self.module.head, "keys": self.module.keys, "labels": self.module.values.argmax(1)}
 

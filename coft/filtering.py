@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'SIGNS', 'softmax_probabilities', 'check_room', 'select_topk', 'Similarities', 'Quality', 'label_quality',
-           'selection_report', 'collapse_warning', 'shortened', 'selection_warnings', 'filled_labels', 'held_for_clean',
+           'selection_report', 'collapse_warning', 'shortened', 'selection_warnings', 'filled_labels',
            'believed_labels', 'filling_sentences', 'warning_signs']
 
 # %% ../nbs/05_filtering.ipynb #c7476f55
@@ -80,14 +80,20 @@ class Similarities:
         rows = np.arange(len(labels))
         gap = self.positive[rows, labels].astype(np.float64) - self.negative[rows, labels]
         return torch.from_numpy(gap / self.tau).sigmoid().numpy()
+    def holds_clean(self,
+        index:np.ndarray, # images [n]
+        labels:np.ndarray, # their labels [n]
+    )->np.ndarray: # [n] bool
+        "Which labels this model holds for clean: s+ > s-"
+        return self.positive[index, labels] > self.negative[index, labels]
+
     def accepts(self,
         labels:np.ndarray, # [N] labels to judge
         strict:bool=False, # also require the label to have the largest p_clean of all classes
     )->np.ndarray: # [N] bool
-        "Which labels this model, as the peer, accepts: s+ > s- (section 2.6)"
-        rows = np.arange(len(labels))
-        gap = self.positive - self.negative
-        return (gap[rows, labels] > 0) & ((gap.argmax(1) == labels) if strict else True)
+        "Which labels of all images this model, as the peer, accepts (section 2.6)"
+        clean = self.holds_clean(np.arange(len(labels)), labels)
+        return clean & ((self.positive - self.negative).argmax(1) == labels) if strict else clean
 
 # %% ../nbs/05_filtering.ipynb #42e16838
 @dataclass(frozen=True)
@@ -188,21 +194,13 @@ def filled_labels(
     "Which labels came by filling: the image's likeliest class is another"
     return np.asarray(P)[index].argmax(1) != labels
 
-def held_for_clean(
-    view:Similarities, # of one model
-    index:np.ndarray, # images [n]
-    labels:np.ndarray, # their labels [n]
-)->np.ndarray: # [n] bool
-    "Which labels this model holds for clean: s+ > s-"
-    return view.positive[index, labels] > view.negative[index, labels]
-
 def believed_labels(
     views, # two `Similarities`, one per model
     index:np.ndarray, # images [n]
     labels:np.ndarray, # their labels [n]
 )->np.ndarray: # [n] bool
     "Which labels both models hold for clean: s+ > s- by either"
-    return np.logical_and(*(held_for_clean(v, index, labels) for v in views))
+    return np.logical_and(*(v.holds_clean(index, labels) for v in views))
 
 def filling_sentences(
     P:np.ndarray, # [N, C] probabilities that the labels were selected by
@@ -235,7 +233,7 @@ def warning_signs(
     share = lambda hits: round(100 * float(np.mean(hits)), 2) if len(hits) else None
     filled, believed = filled_labels(P, index, labels), believed_labels(views, index, labels)
     own, first = [v.labels for v in views], np.asarray(P).argmax(1)
-    accepted = [held_for_clean(views[1 - g], np.arange(len(own[g])), own[g]) for g in (0, 1)]
+    accepted = [views[1 - g].holds_clean(np.arange(len(own[g])), own[g]) for g in (0, 1)]
     sizes = sum(np.bincount(own[g][accepted[g]], minlength=np.shape(P)[1]) for g in (0, 1))
     by_equal_share = lambda n: round(100 * float(n * len(sizes) / sizes.sum()), 2) if sizes.any() else None
     return {"filled": share(filled), "filled_believed": share(believed[filled]), "selected_believed": share(believed), "changed": share(np.concatenate([y != first for y in own])),

@@ -8,9 +8,10 @@ __all__ = ['SCHEMA', 'ABOUT', 'RECORDS', 'PLAIN_NAME', 'ONNX_TOLERANCE', 'ClipAb
            'pull_saved']
 
 # %% ../nbs/12c_saved.ipynb #12c00003
-import hashlib, json, re, warnings
+import hashlib, json, os, re, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -104,15 +105,19 @@ def save_fitted(
     if folder.exists() and not folder.is_dir(): raise ValueError(f"folder: {str(folder)!r} is a file; give the name of a folder.")
     parts = {front: _fitted_about(f, clip, front) for front, f in both.items()}
     about = parts["member"] | _clip_about(clip) | dict(schema=SCHEMA, version=__version__, class_names=list(fitted.class_names), task=task.name, templates={k: getattr(task, k) for k in ("template", "templates", "llm_templates")}, seed=seed, data_sha256=task.data_sha256, fallback=parts.get("fallback"))
-    json.dumps(about, default=_plain) # what cannot be written is said before an earlier result is gone
-    for old in (folder/ABOUT, folder/RECORDS, *(p for front in ("member", "fallback") for p in folder.glob(f"{front}-*.safetensors"))): old.unlink(missing_ok=True)
-    for front, f in both.items():
-        for part, member in zip(parts[front]["members"], f.members): _write_tensors(folder/part["file"], member.tensors(), kind=member.kind)
-    if records:
-        with replace_file(folder/RECORDS) as file: file.write_text("".join(json.dumps(r, default=_plain) + "\n" for r in records))
-    about["files"] = {p.name: _file_sha256(p) for p in sorted([*folder.glob("member-*.safetensors"), *folder.glob("fallback-*.safetensors"), *folder.glob(RECORDS)])}
-    about = json.loads(json.dumps(about, default=_plain))
-    with replace_file(folder/ABOUT) as file: file.write_text(json.dumps(about | dict(digest=_digest(about)), indent=1, ensure_ascii=False), encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = [p for p in (folder/RECORDS, *(p for front in ("member", "fallback") for p in folder.glob(f"{front}-*.safetensors"))) if p.exists()]
+    with TemporaryDirectory(prefix=".saving-", dir=folder) as name: # an earlier result stays whole until all of this one is written
+        new = Path(name)
+        for front, f in both.items():
+            for part, member in zip(parts[front]["members"], f.members): _write_tensors(new/part["file"], member.tensors(), kind=member.kind)
+        if records: (new/RECORDS).write_text("".join(json.dumps(r, default=_plain) + "\n" for r in records))
+        about["files"] = {p.name: _file_sha256(p) for p in sorted(new.iterdir())}
+        about = json.loads(json.dumps(about, default=_plain))
+        (new/ABOUT).write_text(json.dumps(about | dict(digest=_digest(about)), indent=1, ensure_ascii=False), encoding="utf-8")
+        for part in (*about["files"], ABOUT): os.replace(new/part, folder/part)
+    for old in earlier:
+        if old.name not in about["files"]: old.unlink()
     return folder
 
 # %% ../nbs/12c_saved.ipynb #12c0000a

@@ -132,13 +132,19 @@ def test_what_cannot_be_written_leaves_an_earlier_result_alone(folder, fit, clip
     assert load_fitted(folder, clip=clip).fitted.method == "coft-phase1"
 
 
-def test_saving_that_breaks_off_leaves_nothing_that_loads(folder, fit, clip, task, monkeypatch):
+@pytest.mark.parametrize("step", ["safetensors.torch.save_file", "coft.saved._file_sha256"])
+def test_saving_that_breaks_off_leaves_an_earlier_result_whole(folder, fit, clip, task, tmp_path, monkeypatch, step):
     def full(*args, **kwargs):
         raise OSError("no space left on device")
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(OSError):
-        save_fitted(folder, fit("zero-shot"), clip, task, 0)
-    assert "saving was broken off" in message_of(load_fitted, folder, kind=FileNotFoundError)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(step, full)
+        for where in (folder, tmp_path / "first"):
+            with pytest.raises(OSError):
+                save_fitted(where, fit("zero-shot"), clip, task, 0)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert load_fitted(folder, clip=clip).fitted.method == "coft-phase1"
+    assert "saving was broken off" in message_of(load_fitted, tmp_path / "first", kind=FileNotFoundError)
 
 
 def test_a_result_of_a_box_is_loaded_from_its_model(fit, clip, task, tmp_path):

@@ -180,8 +180,16 @@ def test_the_page_of_costs_runs(tmp_path):
     "Few steps on four characters: the black-box method keeps less and the model is not in its memory."
     ask = dict(tasks="glyphs-toy", models="embedded", shots=2, budget=80, epochs=2, out_dir=str(tmp_path))
     page = papermill.execute_notebook(ROOT / "nbs/tables/craft-cost.ipynb", tmp_path / "page.ipynb", ask, kernel_name="python3", progress_bar=False)
-    said, = (o["data"]["text/markdown"] for c in page.cells if c.cell_type == "code" for o in c.outputs if "text/markdown" in o.get("data", {}))
+    able, said = (o["data"]["text/markdown"] for c in page.cells if c.cell_type == "code" for o in c.outputs if "text/markdown" in o.get("data", {}))
+    assert able == "Everything that this page asks for can run."
     assert "`embedded` on glyphs-toy: CraFT keeps 1/" in said and "2 shots, 80 queries" in said
+
+
+def test_the_page_of_costs_takes_the_papers_data_and_says_what_is_missing(tmp_path):
+    ask = dict(profile="paper", models="RN50-quickgelu", pretrained="random", data_root=str(tmp_path), out_dir=str(tmp_path))
+    page = papermill.execute_notebook(ROOT / "nbs/tables/craft-cost.ipynb", tmp_path / "page.ipynb", ask, kernel_name="python3", progress_bar=False)
+    shown = [o["data"]["text/markdown"] for c in page.cells if c.cell_type == "code" for o in c.outputs if "text/markdown" in o.get("data", {})]
+    assert len(shown) == 1 and "task imagenet" in shown[0] and "| not run | why | what to do |" in shown[0]
 
 
 def test_the_main_job_hands_a_device_on_that_the_page_of_costs_takes(tmp_path):
