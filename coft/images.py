@@ -212,15 +212,28 @@ class FileImages:
         index, # image indices [n]
         size:int, # height and width in pixels
         whole:bool=False, # squeeze the whole image into the square, for training views
+        decoded:dict|None=None, # image index -> what `decode` gave for it in another process
     )->torch.Tensor: # uint8 [n, 3, size, size]
         "Pixels of these images, resized as CLIP does, or whole"
-        index, kept = [int(i) for i in index], self._room((size, whole))
-        new = [i for i in dict.fromkeys(index) if i not in kept]
-        views = dict(zip(new, _pool().map(lambda i_source: self._view(*i_source, size, whole), [(i, _fetch(self.sources, self.rows[i])) for i in new])))
+        index, kept, views = [int(i) for i in index], self._room((size, whole)), dict(decoded or {})
+        new = [i for i in self.missing(index, size, whole) if i not in views]
+        views |= zip(new, self._decode(new, size, whole, _pool().map))
         pixels = [kept[i] if i in kept else views[i] for i in index]
         for i, view in views.items():
-            if (len(kept) + 1) * view.nbytes <= self.keep_bytes: kept[i] = view
+            if i not in kept and (len(kept) + 1) * view.nbytes <= self.keep_bytes: kept[i] = np.array(view)
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous() if pixels else torch.zeros(0, 3, size, size, dtype=torch.uint8)
+
+    def missing(self, index, size:int, whole:bool=False)->list: # image indices
+        "Those of these images that would have to be decoded, each once"
+        kept = self._kept.get((size, whole), {})
+        return [i for i in dict.fromkeys(map(int, index)) if i not in kept]
+
+    def decode(self, index, size:int, whole:bool=False)->np.ndarray: # uint8 [n, size, size, 3]
+        "These images straight from their sources, one after the other; nothing is kept"
+        return np.stack(list(self._decode(index, size, whole, map)))
+
+    def _decode(self, index, size, whole, each):
+        return each(lambda i_source: self._view(*i_source, size, whole), [(i, _fetch(self.sources, self.rows[i])) for i in index])
 
     def _room(self, kind):
         if kind not in self._kept and sum(v.nbytes for views in self._kept.values() for v in views.values()) > self.keep_bytes / 2: self._kept.clear()
