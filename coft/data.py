@@ -201,6 +201,7 @@ def batches(
     size:int, # side of the images for the model
     stream=None, # (seed, phase, epoch) of a shuffled pass; None for the given order
     augmentation=None, # views of a shuffled pass, an `Augmentation` or the like; None for the fixed test view
+    share=lambda place: place, # which positions of a batch are wanted here, where several processes divide it
     device=None, # where the pixels are needed, and views are made; None for the CPU
     workers:int|None=None, # as of `workers_for`
 ): # yields (positions [b] in `index`, pixels [b, 3, size, size])
@@ -208,7 +209,7 @@ def batches(
     index = np.asarray(index)
     if not len(index): raise ValueError("there are no images to visit. Tasks that are only tested on have no training images; tasks made without `test` have no test images.")
     order = np.arange(len(index)) if stream is None else generator(*stream, "order").permutation(len(index))
-    places, workers = [order[start:start + batch_size] for start in range(0, len(index), batch_size)], workers_for(device, workers)
+    places, workers = [share(order[start:start + batch_size]) for start in range(0, len(index), batch_size)], workers_for(device, workers)
     stored = (size, False) if augmentation is None else (augmentation.stored_size(size), True)
     views = _views(places, index, _pixels(images, [index[p] for p in places], stored, workers), size, stream, augmentation, device)
     yield from ahead(views) if workers else views

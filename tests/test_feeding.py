@@ -86,6 +86,15 @@ def test_other_processes_decode_and_what_they_made_is_kept_here(tmp_path):
     assert sources.asked_by() == []
 
 
+def test_only_a_share_of_each_batch_is_made_where_others_make_the_rest(tmp_path):
+    sources = Written(tmp_path)
+    whole = list(batches(FileImages(sources), range(11), 4, 16, STREAM, VIEWS))
+    sources.asked_by()
+    part = list(batches(FileImages(sources), range(11), 4, 16, STREAM, VIEWS, share=lambda place: place[1::2], workers=2))
+    assert len(sources.asked_by()) == 5
+    assert all((p[1::2] == q).all() and torch.equal(x[1::2], y) for (p, x), (q, y) in zip(whole, part))
+
+
 def test_nothing_is_kept_beyond_the_bound(tmp_path):
     images = FileImages(Written(tmp_path), keep_bytes=3 * 3 * 16 * 16)
     list(batches(images, range(11), 4, 16, workers=2))
