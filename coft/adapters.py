@@ -8,7 +8,7 @@ __all__ = ['DEPTHS', 'LIGHT_MODULES', 'LightModule', 'VisualPrompt', 'LowRank', 
 
 # %% ../nbs/04_adapters.ipynb #6632708a
 import json
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from . import __version__
 from .clip import FrozenCLIP, _split_heads, fill_module, load_clip
@@ -51,7 +52,18 @@ class LightModule(nn.Module):
         pixels:torch.Tensor, # [n, 3, h, w] normalised
     )->torch.Tensor: # [n, embed_dim]
         "Image features of the changed tower"
-        with self.attached() as visual: return visual(pixels)
+        visual = self.clip.model.visual
+        if not (self.clip.compute.image_checkpoints and torch.is_grad_enabled()):
+            with self.attached(): return visual(pixels)
+        if _is_changed(visual): raise ValueError("image_checkpoints: true was given, and another light module is attached to the tower, which would be gone when a block is computed again. Leave its block first, or use Compute(image_checkpoints=False).")
+        with self.attached(), ExitStack() as stack:
+            for block in visual.transformer.resblocks:
+                stack.callback(_OwnForward(block, partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), self.attached()))).remove)
+            return visual(pixels)
+
+    def for_prediction(self): # function from pixels [n, 3, h, w] normalised to features [n, embed_dim]
+        "What answers once nothing is learned any more: a merged tower where there can be one, or the module itself"
+        return self
 
     def merged(self)->nn.Module:
         "A frozen copy of the image tower with the change folded into its weights; `ValueError` where that cannot be"
@@ -67,8 +79,10 @@ def _tower_kind(clip):
 def _residual_blocks(visual): # of a ResNet
     return [b for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4) for b in layer]
 
+def _is_changed(visual): return any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in visual.modules())
+
 def _plain_copy(visual):
-    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in visual.modules()): raise ValueError("merged: a light module is attached to the tower; leave its block first.")
+    if _is_changed(visual): raise ValueError("merged: a light module is attached to the tower; leave its block first.")
     return deepcopy(visual)
 
 def _seeded(bound, *shape, stream): return (2 * torch.rand(*shape, generator=torch_generator(*stream)) - 1) * bound
@@ -177,6 +191,8 @@ class LoRA(LightModule):
             weight = t.in_proj_weight if self.of_attention else t.weight
             weight += product.view_as(weight)
         return visual
+
+    def for_prediction(self): return self.merged()
 
 # %% ../nbs/04_adapters.ipynb #acb94a06
 class Bottleneck(nn.Module):

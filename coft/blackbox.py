@@ -160,7 +160,7 @@ class BlackBoxVLM(Box):
         max_prompt_queries:int|None=None, # as in `Meter`
         max_image_forwards:int|None=None, # as in `Meter`
     ):
-        self.meter, self.__clip, self.__kept, self.__encoders = Meter(max_prompt_queries, max_image_forwards), clip, OrderedDict(), {}
+        self.meter, self.__clip, self.__kept, self.__encoders, self.__texts = Meter(max_prompt_queries, max_image_forwards), clip, OrderedDict(), {}, (None, None)
         self.__info = dict(model=clip.name, pretrained=clip.pretrained, model_sha256=clip.model_sha256, weights_sha256=clip.weights_sha256, preset=clip.preset, image_size=clip.image_size,
                            token_width=clip.model.token_embedding.embedding_dim, raw_features=bool(raw_features))
 
@@ -178,9 +178,16 @@ class BlackBoxVLM(Box):
         self.meter.check(prompts, pairs)
         v = self.__features(images)
         if not raw_features: v = F.normalize(v, dim=-1)
-        t = self.__encoder(tuple(class_names), context.shape[1])(torch.from_numpy(context).to(clip.device))
+        t = self.__encoded(context, tuple(class_names))
         self.meter.add(prompts, pairs)
         return (torch.einsum("nd,pcd->pnc", v, t) / clip.tau).cpu().numpy()
+
+    def __encoded(self, context, class_names): # [P, C, embed_dim]
+        question = sha256_of(context), class_names
+        if question == self.__texts[0]: return self.__texts[1]
+        t = self.__encoder(class_names, context.shape[1])(torch.from_numpy(context).to(self.__clip.device))
+        if t.nbytes <= KEEP_FEATURES: self.__texts = question, t
+        return t
 
     def __encoder(self, class_names, n):
         if (class_names, n) not in self.__encoders:

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['JUDGES', 'TEMPLATE_SETS', 'SINGLE_TEMPLATE', 'AFTER_PHASE1', 'PEER_SEED', 'ROUND_SEED', 'RANKINGS', 'CONTRAST_VIEWS',
            'LABEL_VIEWS', 'GIVEN_LABELS', 'check_label_model', 'CoFTSettings', 'templates_of', 'task_head',
-           'first_labels', 'PromptedModel', 'phase1_folder', 'phase1', 'cross_validate', 'phase2', 'labelling_run',
-           'CoFT', 'CoFTPhase1', 'CoFTPlusSettings', 'contrast_views', 'CoFTPlus', 'CoFTPlusPhase1', 'CoFTSemiSettings',
-           'CoFTPlusSemiSettings', 'CoFTSemi', 'CoFTSemiPhase1', 'CoFTPlusSemi', 'CoFTPlusSemiPhase1']
+           'first_labels', 'PromptedModel', 'similarities', 'phase1_folder', 'phase1', 'cross_validate', 'phase2',
+           'labelling_run', 'CoFT', 'CoFTPhase1', 'CoFTPlusSettings', 'contrast_views', 'CoFTPlus', 'CoFTPlusPhase1',
+           'CoFTSemiSettings', 'CoFTPlusSemiSettings', 'CoFTSemi', 'CoFTSemiPhase1', 'CoFTPlusSemi',
+           'CoFTPlusSemiPhase1']
 
 # %% ../nbs/07_collaborate.ipynb #1e8e3f49
 import json
@@ -25,7 +26,7 @@ from .clip import FrozenCLIP, load_clip, zero_shot_head
 from .contrast import ContrastView, MomentumContrast, Views, queue_length
 from .core import check_choice, check_flag, check_number, expect_error, sha256_of
 from .data import Task, batches, load_task
-from .filtering import Similarities, believed_labels, collapse_warning, filled_labels, filling_sentences, select_topk, selection_warnings, softmax_probabilities, warning_signs
+from .filtering import Similarities, believed_labels, collapse_warning, filled_labels, filling_sentences, frozen_features, select_topk, selection_warnings, softmax_probabilities, warning_signs
 from .members import EncoderMember, LightMember
 from .prompts import L2_GRAD, DualPrompt, dual_prompt_losses, random_complement
 from .protocol import Fitted, Method, Run
@@ -120,8 +121,7 @@ def first_labels(
 ): # (probabilities [N, C] of the unlabelled images, head [C, d])
     "Zero-shot probabilities of all unlabelled images (Eq. 1)"
     head = task_head(clip, task, template_set)
-    features = torch.cat([clip.image_features(pixels) for _, pixels in batches(task.unlabelled, range(len(task.unlabelled)), 256, clip.image_size)])
-    return softmax_probabilities(features, head, clip.tau), head
+    return softmax_probabilities(frozen_features(clip, task.unlabelled), head, clip.tau), head
 
 # %% ../nbs/07_collaborate.ipynb #946b3a4a
 class PromptedModel(nn.Module):
@@ -147,10 +147,22 @@ class PromptedModel(nn.Module):
 
     def forward(self, pixels, label, u):
         "L1 + lambda L2 on a batch"
-        (t_pos, t_neg), v = self.prompt(), self.image_features(pixels)
-        complement = self.complement(label, (v @ t_pos.T).detach(), u)
-        l1, l2 = dual_prompt_losses(v, t_pos, t_neg, label, complement, self.clip.tau, self.settings.l2_grad)
+        losses = self.losses_apart if 2 * len(label) < self.prompt.encoder.n_classes else self.losses_together
+        l1, l2 = losses(self.image_features(pixels), label, u)
         return {"loss": l1 + self.settings.l2_weight * l2, "L1": l1, "L2": l2}
+
+    def losses_together(self, v, label, u): # (L1, L2), scalars
+        "Of features v [n, d], with both prompts of all classes in one pass: the reference"
+        t_pos, t_neg = self.prompt()
+        complement = self.complement(label, (v @ t_pos.T).detach(), u)
+        return dual_prompt_losses(v, t_pos, t_neg, label, complement, self.clip.tau, self.settings.l2_grad)
+
+    def losses_apart(self, v, label, u): # (L1, L2), scalars
+        "The same, with negative prompts of the labels and complement labels alone"
+        t_pos, negative = self.prompt.apart()
+        complement = self.complement(label, (v @ t_pos.T).detach(), u)
+        classes = torch.cat([label, complement]).unique()
+        return dual_prompt_losses(v, t_pos, negative(classes), label, complement, self.clip.tau, self.settings.l2_grad, classes)
 
     @torch.no_grad()
     def logits(self, pixels): # [n, C]
@@ -160,14 +172,23 @@ class PromptedModel(nn.Module):
     @torch.no_grad()
     def similarities(self, images)->Similarities:
         "s+ and s- of all images, test view"
-        t_pos, t_neg = self.prompt()
-        v = torch.cat([self.image_features(pixels) for _, pixels in batches(images, range(len(images)), 256, self.clip.image_size)])
-        return Similarities((v @ t_pos.T).cpu().numpy(), (v @ t_neg.T).cpu().numpy(), self.clip.tau)
+        return similarities([self], images)[0]
 
     @torch.no_grad()
     def member(self)->LightMember:
         "What answers once training is over: the visual module, and the features of the positive prompt"
         return LightMember(self.clip, self.visual, self.prompt()[0])
+
+# %% ../nbs/07_collaborate.ipynb #c0de0702
+@torch.no_grad()
+def similarities(
+    models, # of the class `PromptedModel`, on one CLIP
+    images, # an image set
+)->list: # one `Similarities` per model
+    "s+ and s- of all images by every model in one pass over the images, test view"
+    clip, prompts, towers = models[0].clip, [m.prompt() for m in models], [m.visual.for_prediction() for m in models]
+    seen = [[F.normalize(tower(x), dim=-1) for tower in towers] for _, pixels in batches(images, range(len(images)), 256, clip.image_size) for x in [clip.normalize(pixels)]]
+    return [Similarities(*((torch.cat(v) @ t.T).cpu().numpy() for t in prompt), clip.tau) for v, prompt in zip(zip(*seen), prompts)]
 
 # %% ../nbs/07_collaborate.ipynb #98315e6c
 AFTER_PHASE1 = ("template_set", "top_k", "fill_short", "judge", "strict_filter", "head_init", "head_input", "label_model", "label_pretrained", "rounds", "rank_by", "contrastive", "gamma", "momentum", "contrast_tau",
@@ -241,6 +262,7 @@ def labelling_run(
     s = run.settings
     if not s.label_model: return run
     clip = load_clip(s.label_model, s.label_pretrained or None, str(run.clip.device))
+    clip.compute = run.clip.compute
     return run if clip.model_sha256 == run.clip.model_sha256 else replace(run, clip=clip)
 
 PEER_SEED, ROUND_SEED = 1000, 1_000_000 # what model 2, and what each further round, add to the seed
@@ -275,7 +297,7 @@ class CoFT(Method):
                 members.append(fitted.members[g])
                 continue
             name = f"Phase II, model {g + 1}"
-            head = models[g].prompt()[0] if models[g].clip is run.clip else zero_shot_head(run.clip, run.task.class_names, run.task.template)
+            head = fitted.members[g].head if models[g].clip is run.clip else zero_shot_head(run.clip, run.task.class_names, run.task.template)
             model, histories[name] = phase2(run, labels, accepted, head, run.seed + g * PEER_SEED, name)
             members.append(EncoderMember(model))
             messages += collapse_warning(members[-1](run.task.unlabelled).argmax(1), run.task.class_names, f"model {g + 1} of Phase II")
@@ -300,7 +322,7 @@ class CoFT(Method):
                 if run.phases and phase1_folder(run, *chosen[g], seed, self.Model).exists(): found.append(name)
                 model, histories[name] = phase1(run, *chosen[g], seed, name, self.Model)
                 models.append(model)
-            views = [m.similarities(run.task.unlabelled) for m in models]
+            views = similarities(models, run.task.unlabelled)
             messages += [w for g, v in enumerate(views) for w in collapse_warning(v.labels, names, f"model {g + 1} of Phase I" + (f", round {r}" if r > 1 else ""))]
             if r == s.rounds: break
             chosen = [_add_given(self.select, v.ranking(s.rank_by), s, given) for v in views]

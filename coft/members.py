@@ -126,7 +126,14 @@ class LightMember(Member):
 
     def logits(self, pixels):
         "s+ / tau"
-        return F.normalize(self.module(self.clip.normalize(pixels)), dim=-1) @ self.head.T / self.clip.tau
+        return self._scores(self.module, pixels)
+
+    def __call__(self, images):
+        "Probabilities of all images, test view; LoRA is folded into a copy of the tower first"
+        tower = self.module.for_prediction()
+        return predict(lambda pixels: self._scores(tower, pixels), images, self.clip.image_size)
+
+    def _scores(self, tower, pixels): return F.normalize(tower(self.clip.normalize(pixels)), dim=-1) @ self.head.T / self.clip.tau
 
     def tensors(self): return {"head": self.head} | {f"module.{k}": v for k, v in self.module.state_dict().items()}
 

@@ -42,9 +42,11 @@ def clean_loss(
     y:torch.Tensor, # [n] pseudo-labels
     complement:torch.Tensor, # [n] complement labels
     tau:float, # temperature
+    classes:torch.Tensor|None=None, # [c] ascending, the classes that `s_neg` [n, c] is of; all by default
 )->torch.Tensor: # scalar
     "Binary cross-entropy: the label is clean, the complement label is not (CoFT Eq. 6)"
-    right, wrong = (clean_logit(s_pos.gather(1, k[:, None]), s_neg.gather(1, k[:, None]), tau) for k in (y, complement))
+    place = lambda k: k if classes is None else torch.searchsorted(classes, k)
+    right, wrong = (clean_logit(s_pos.gather(1, k[:, None]), s_neg.gather(1, place(k)[:, None]), tau) for k in (y, complement))
     return -(F.logsigmoid(right) + F.logsigmoid(-wrong)).mean()
 
 # %% ../nbs/03_prompts.ipynb #d51a5a15
@@ -67,13 +69,14 @@ def dual_prompt_losses(
     complement:torch.Tensor, # [n] complement labels
     tau:float, # temperature
     l2_grad:str="full", # who learns from L2, one of `L2_GRAD`
+    classes:torch.Tensor|None=None, # [c] ascending, the classes that `t_neg` [c, d] is of; all by default
 ): # (L1, L2), scalars
     "Both losses of Phase I"
     check_choice("l2_grad", l2_grad, L2_GRAD)
     l1 = classification_loss(v @ t_pos.T, y, tau)
     if l2_grad != "full": t_pos = t_pos.detach()
     if l2_grad == "neg_only": v = v.detach()
-    return l1, clean_loss(v @ t_pos.T, v @ t_neg.T, y, complement, tau)
+    return l1, clean_loss(v @ t_pos.T, v @ t_neg.T, y, complement, tau, classes)
 
 # %% ../nbs/03_prompts.ipynb #8b20e473
 class DualPrompt(nn.Module):
@@ -93,3 +96,8 @@ class DualPrompt(nn.Module):
     def forward(self)->tuple: # ([C, d], [C, d]) unit length
         "Features t+ and t- of all classes"
         return self.encoder(self.context).unbind(0)
+
+    def apart(self)->tuple: # (t+ [C, d], function from classes [c] to t- [c, d]), unit length
+        "Features t+ of all classes, and t- of those that are asked for"
+        positive, negative = self.encoder.each(self.context)
+        return positive(), negative

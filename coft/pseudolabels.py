@@ -20,9 +20,9 @@ from .clip import load_clip
 from .collaborate import TEMPLATE_SETS, first_labels
 from .contrast import few_shot_views
 from .core import check_choice, check_flag, check_number, expect_error
-from .data import batches, load_task
+from .data import load_task
 from .fewshot import LearnedContext
-from .filtering import collapse_warning, select_topk, shortened, softmax_probabilities
+from .filtering import collapse_warning, frozen_features, select_topk, shortened, softmax_probabilities
 from .members import LinearHead
 from .protocol import Fitted, Method, Run, get_method
 from .trainer import OPTIMIZERS, Schedule, train
@@ -96,8 +96,7 @@ class PromptLearner:
     @cached_property
     def features(self)->torch.Tensor: # [N, d] unit length
         "Features of all unlabelled images, test view"
-        clip, images = self.run.clip, self.run.task.unlabelled
-        return torch.cat([clip.image_features(pixels) for _, pixels in batches(images, range(len(images)), 256, clip.image_size)])
+        return frozen_features(self.run.clip, self.run.task.unlabelled)
 
     def fresh(self,
         kind=PseudoPrompt, # class of the model

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from .clip import FrozenCLIP, load_clip, zero_shot_head
 from .collaborate import TEMPLATE_SETS, task_head
 from .core import check_choice, check_flag, check_number, expect_error
-from .data import SomeImages, batches, load_task
+from .data import SomeImages, load_task
+from .filtering import frozen_features
 from .members import Member, check_shapes, kept
 from .protocol import Fitted, Method, get_method
 
@@ -134,7 +135,7 @@ def image_set_features(
     images, # an image set
 )->torch.Tensor: # [N, d] unit length, double precision, on the CPU
     "Features of all images, test view"
-    return F.normalize(torch.cat([clip.image_features(pixels).cpu() for _, pixels in batches(images, range(len(images)), 256, clip.image_size)]).double(), dim=-1)
+    return F.normalize(frozen_features(clip, images).cpu().double(), dim=-1)
 
 class JointAnswer(Member):
     "A text head and settings; all images of a call are answered together"

@@ -42,11 +42,11 @@ def test_rejected_class_is_told_apart_from_a_class_that_was_never_given():
 
 
 def test_collapsed_run_says_so_and_goes_on(clip, task, quick, monkeypatch):
-    def all_one_class(model, images):
+    def all_one_class(models, images):
         s = np.tile(np.array([0.1, 0.2, 0.3, 0.2], np.float32), (len(images), 1))
-        return Similarities(s, s - 0.1, clip.tau)
+        return [Similarities(s, s - 0.1, clip.tau)] * len(models)
 
-    monkeypatch.setattr("coft.collaborate.PromptedModel.similarities", all_one_class)
+    monkeypatch.setattr("coft.collaborate.similarities", all_one_class)
     fitted = CoFT(**quick).fit(clip, task, progress=False)
     assert "model 1 of Phase I collapsed: it calls every image 'digit two'." in fitted.messages
     assert any(m.startswith("No image is left for class 'digit zero' of model 2") for m in fitted.messages)
