@@ -109,7 +109,7 @@ def _report_long(long, n, room, context_length, long_texts):
 @dataclass(frozen=True)
 class Compute:
     "What changes speed and memory and, up to rounding, no number"
-    text_memory:float=2.0 # GiB that one encoding of texts may keep for its gradient; more are taken in parts that are computed again
+    text_memory:float=2.0 # GiB that one encoding of texts may keep for its gradient; what has no room is computed again
     image_checkpoints:bool=False # keep only what enters each block of a vision transformer, and compute the block again for the gradient
     channels_last:bool=False # layout of a ResNet's weights
     compiled:str="" # backend of torch.compile for image towers that are fully fine-tuned, such as "inductor"; empty for none
@@ -164,11 +164,15 @@ def in_parts(
     "Features of all texts, texts of like length together, and as many at a time as `compute.text_memory` has room for"
     learns = learns and torch.is_grad_enabled()
     room = clip.compute.text_memory * 2**30 / (sets * text_bytes(clip.model, 1, shared + int(lengths.max()), learns))
-    parts = parts_by_length(lengths, room, PART_EFFORT.get(clip.device.type, GPU_EFFORT))
-    longest = [int(lengths[p].max()) for p in parts]
-    if len(parts) == 1: return encode(parts[0], longest[0])
-    again = learns and sum(len(p) * n for p, n in zip(parts, longest)) > room
-    features = [checkpoint(encode, p, n, use_reentrant=False, preserve_rng_state=False) if again else encode(p, n) for p, n in zip(parts, longest)]
+    effort, tokens = PART_EFFORT.get(clip.device.type, GPU_EFFORT), lambda part: len(part) * int(lengths[part].max())
+    parts = parts_by_length(lengths, room, effort)
+    if len(parts) == 1: return encode(parts[0], int(lengths.max()))
+    if learns and sum(map(tokens, parts)) > room: parts, room = parts_by_length(lengths, room / 4, effort), room * 3 / 4
+    features, kept = [], 0
+    for part in parts:
+        kept += tokens(part)
+        again = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False) if learns and kept > room else encode
+        features.append(again(part, int(lengths[part].max())))
     return torch.cat(features, -2).index_select(-2, torch.cat(parts).argsort().to(features[0].device))
 
 # %% ../nbs/01_clip.ipynb #c0de0009

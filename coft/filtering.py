@@ -8,8 +8,9 @@ __all__ = ['KEEP_FEATURES', 'SHOWN', 'SIGNS', 'softmax_probabilities', 'frozen_f
            'selection_warnings', 'filled_labels', 'believed_labels', 'filling_sentences', 'warning_signs']
 
 # %% ../nbs/05_filtering.ipynb #c7476f55
+from contextlib import suppress
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -29,17 +30,18 @@ def softmax_probabilities(
 
 # %% ../nbs/05_filtering.ipynb #c0de0502
 KEEP_FEATURES = 2**28 # bytes of features that are kept of one image set; more are computed anew each time
-_FEATURES = WeakKeyDictionary() # model -> image set -> features
+_FEATURES = WeakKeyDictionary() # model -> id of an image set -> (weak reference to it, features)
 
 def frozen_features(
     clip:FrozenCLIP, # the model
     images, # an image set
 )->torch.Tensor: # [N, embed_dim], unit length
     "v(x) of all images by the frozen tower, test view"
-    known = _FEATURES.setdefault(clip, WeakKeyDictionary())
-    if images in known: return known[images]
+    known, key = _FEATURES.setdefault(clip, {}), id(images)
+    if key in known and known[key][0]() is images: return known[key][1]
     features = torch.cat([clip.image_features(pixels) for _, pixels in batches(images, range(len(images)), 256, clip.image_size)])
-    if features.nbytes <= KEEP_FEATURES: known[images] = features
+    if features.nbytes <= KEEP_FEATURES:
+        with suppress(TypeError): known[key] = ref(images, lambda _: known.pop(key, None)), features # an object that takes no weak reference is not kept
     return features
 
 # %% ../nbs/05_filtering.ipynb #9fe67127
