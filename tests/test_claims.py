@@ -20,9 +20,29 @@ def run(n_right, *args, **more):
 def test_every_side_of_every_claim_is_a_run_that_can_be_made():
     for name in {n for c in CLAIMS for n in (c.ahead, *c.of)}:
         called, change = CHANGED.get(name, (name, {}))
-        method, _, shots = called.partition(", ")
-        assert METHODS[method].supervised == bool(shots)
-        assert is_run(record(method, **change, **(dict(shots=int(shots), epochs={4: 100, 8: 200, 16: 200}[int(shots)]) if method == "coop" else dict(shots=int(shots)) if shots else {})), name)
+        method, _, how = called.partition(", ")
+        given = dict(label_model="embedded-l", label_pretrained="") if how == "taught" else dict(shots=int(how)) | (dict(epochs={2: 100, 4: 100, 8: 200, 16: 200}[int(how)]) if method == "coop" else {}) if how else {}
+        assert METHODS[method].supervised == (how.isdigit() or METHODS[method].noisy)
+        assert is_run(record(method, task="digits-mislabelled-40" if METHODS[method].noisy else "digits", **change, **given), name), name
+
+
+def test_methods_on_given_labels_count_where_40_percent_are_wrong_and_are_compared_with_runs_without_labels():
+    claim = Claim("no label is better than a wrong one", "a paper", "coft", ("ce",))
+    labelled = [run(60, "ce", task="digits-mislabelled-40"), run(160, "ce", task="digits-mislabelled-20"), run(180, "ce", task="digits")]
+    (verdict,) = check_claims([run(100, "coft"), *labelled], [claim])
+    assert (verdict.task, verdict.difference, verdict.says) == ("digits", 20.0, "holds")
+    assert check_claims([run(100, "coft"), *labelled[1:]], [claim]) == []
+    (crowd,) = check_claims([run(100, "coft", task="cifar100n"), run(120, "ce", task="cifar100n")], [claim])
+    assert (crowd.task, crowd.difference) == ("cifar100n", -10.0)
+
+
+def test_taught_is_who_has_the_teacher_of_the_page():
+    claim = Claim("a teacher helps", "a paper", "coft, taught", ("coft",))
+    own, teacher = run(100, "coft"), dict(label_pretrained="")
+    (verdict,) = check_claims([own, run(120, "coft", label_model="embedded-l", **teacher)], [claim])
+    assert verdict.difference == 10.0
+    assert check_claims([own, run(120, "coft", label_model="embedded", **teacher)], [claim]) == [], "another teacher"
+    assert not is_run(record("coft") | dict(model="ViT-B-32-quickgelu"), "coft, taught"), "no teacher is known for this model"
 
 
 @pytest.mark.parametrize("change", [dict(trained_on="glyphs"), dict(schema=0), dict(method="coft+"), dict(preset="embedded")], ids=str)

@@ -1,6 +1,7 @@
 "Variants of a method and the pages that compare them."
 from dataclasses import asdict, replace
 
+import IPython.display
 import nbformat
 import pandas as pd
 import papermill
@@ -113,7 +114,7 @@ def page_until(name, begins, **given):
 
 def test_the_page_of_ablations_names_what_exists():
     "Its variants are registered methods with settings that they know, and our additions stand on the settings of coft."
-    page = page_until("ablations-coft", "as_coft = ")
+    page = page_until("ablations-coft", "as_coft = ", tasks="glyphs-toy")
     for question in page["questions"].values():
         for method, settings in question.values():
             get_method(method, **settings)
@@ -170,6 +171,8 @@ def test_the_page_of_craft_ablations_runs(tmp_path):
     page = papermill.execute_notebook(ROOT / "nbs/tables/ablations-craft.ipynb", tmp_path / "page.ipynb", ask, kernel_name="python3", progress_bar=False)
     outputs = [o for c in page.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
     tables = [o["data"]["text/markdown"] for o in outputs if "text/markdown" in o["data"]]
+    able, protocol, *tables = tables
+    assert able == "Everything that this page asks for can run." and "| glyphs-toy | a photo of the {}. | 4:" in protocol
     assert len(tables) == 6 and sum("image/png" in o["data"] for o in outputs) == 6, "a table and one picture for each question"
     assert all("difference from craft" in t and "| glyphs-toy | craft |" in t for t in tables)
     settings = {r["settings"]["intrinsic_dim"] for r in Records(tmp_path / "out").load() if r["method"] == "craft"}
@@ -185,11 +188,19 @@ def test_the_page_of_costs_runs(tmp_path):
     assert "`embedded` on glyphs-toy: CraFT keeps 1/" in said and "2 shots, 80 queries" in said
 
 
-def test_the_page_of_costs_takes_the_papers_data_and_says_what_is_missing(tmp_path):
-    ask = dict(profile="paper", models="RN50-quickgelu", pretrained="random", data_root=str(tmp_path), out_dir=str(tmp_path))
-    page = papermill.execute_notebook(ROOT / "nbs/tables/craft-cost.ipynb", tmp_path / "page.ipynb", ask, kernel_name="python3", progress_bar=False)
-    shown = [o["data"]["text/markdown"] for c in page.cells if c.cell_type == "code" for o in c.outputs if "text/markdown" in o.get("data", {})]
-    assert len(shown) == 1 and "task imagenet" in shown[0] and "| not run | why | what to do |" in shown[0]
+@pytest.mark.parametrize("name, model", [("ablations-coft", {}), ("ablations-craft", {}), ("craft-cost", dict(models="RN50-quickgelu")), ("craft-shift", dict(models="RN50-quickgelu"))], ids=lambda v: v if isinstance(v, str) else "")
+def test_a_page_in_the_paper_profile_says_in_one_table_what_is_missing_and_ends(name, model, tmp_path, monkeypatch):
+    "No weights are at hand, and no data: the last thing to be seen is a table of both, and no error."
+    space, shown = {}, []
+    monkeypatch.setattr(IPython.display, "display", lambda *things, **_: shown.extend(t.data for t in things))
+    with pytest.raises(SystemExit):
+        for cell in nbformat.read(ROOT / f"nbs/tables/{name}.ipynb", 4).cells:
+            if cell.cell_type == "code":
+                exec(cell.source, space)
+            if "parameters" in cell.metadata.get("tags", []):
+                space.update(dict(profile="paper", pretrained=str(tmp_path / "absent.pt"), data_root=str(tmp_path), out_dir=str(tmp_path), device="cpu") | model)
+    told, = shown
+    assert "| not run | why | what to do |" in told and "absent.pt" in told and ("task imagenet" in told or "task eurosat" in told)
 
 
 def test_the_main_job_hands_a_device_on_that_the_page_of_costs_takes(tmp_path):
