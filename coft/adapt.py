@@ -196,19 +196,18 @@ def class_table(
 def signs_against_zero_shot(
     images:pd.DataFrame, # from `image_table`
     classes:pd.DataFrame, # from `class_table`
+    signs:dict, # from `warning_signs`; empty where no models judge each other
 )->list: # sentences
     "What looks wrong beside zero-shot, without any label"
-    N, fair, signs = len(images), FEW * len(images) / len(classes), []
-    for c in classes[(classes.images == 0) & (classes.zero_shot >= max(fair, 1))].itertuples(): signs.append(f"Class {c[1]!r} was lost: zero-shot gave it to {c.zero_shot} images, the adapted model to none.")
+    N, fair, told = len(images), FEW * len(images) / len(classes), []
+    for c in classes[(classes.images == 0) & (classes.zero_shot >= max(fair, 1))].itertuples(): told.append(f"Class {c[1]!r} was lost: zero-shot gave it to {c.zero_shot} images, the adapted model to none.")
     largest = classes.loc[classes.images.idxmax()]
-    if len(classes) > 2 and largest.images > HALF * N and largest.images > 2 * largest.zero_shot: signs.append(f"{largest.images} of {N} images are now called {largest['class']!r}; zero-shot called {largest.zero_shot} so.")
+    if len(classes) > 2 and largest.images > HALF * N and largest.images > 2 * largest.zero_shot: told.append(f"{largest.images} of {N} images are now called {largest['class']!r}; zero-shot called {largest.zero_shot} so.")
     changed = (images["class"] != images.zero_shot_class).mean()
-    if changed > HALF: signs.append(f"{100 * changed:.0f} % of the images are called something else than by zero-shot.")
-    if "label_2" not in images: return signs
-    agreed, accepted = (images.label_1 == images.label_2).mean(), np.mean([images.accepted_1, images.accepted_2])
-    if agreed < HALF: signs.append(f"The two models agree on only {100 * agreed:.0f} % of the images after Phase I.")
-    if accepted < FEW: signs.append(f"The models accepted only {100 * accepted:.0f} % of each other's labels.")
-    return signs
+    if changed > HALF: told.append(f"{100 * changed:.0f} % of the images are called something else than by zero-shot.")
+    if signs and signs["agreement"] < 100 * HALF: told.append(f"The two models agree on only {signs['agreement']:.0f} % of the images after Phase I.")
+    if signs and signs["rejected"] > 100 * (1 - FEW): told.append(f"The models accepted only {100 - signs['rejected']:.0f} % of each other's labels.")
+    return told
 
 def summary(
     fitted:Fitted, # the adapted models
@@ -216,10 +215,10 @@ def summary(
     task:Task, # the images
 )->dict:
     "What can be told about an adaptation without labels"
-    classes = class_table(images, task.class_names)
+    classes, signs = class_table(images, task.class_names), fitted.trace.get("signs", {})
     told = dict(method=fitted.method, images=len(images), copies=len(images) - len(set(task.unlabelled.checksums())), set_aside=[list(q) for q in task.quarantine],
-                changed=float((images["class"] != images.zero_shot_class).mean()), classes=json.loads(classes.to_json(orient="records")), warnings=signs_against_zero_shot(images, classes), messages=[m for m in fitted.messages if "could not be read" not in m])
-    if "label_2" in images: told |= dict(agreement=float((images.label_1 == images.label_2).mean()), accepted=float(np.mean([images.accepted_1, images.accepted_2])))
+                changed=float((images["class"] != images.zero_shot_class).mean()), classes=json.loads(classes.to_json(orient="records")), warnings=signs_against_zero_shot(images, classes, signs), signs=signs, messages=[m for m in fitted.messages if "could not be read" not in m])
+    if signs: told |= dict(agreement=signs["agreement"] / 100, accepted=1 - signs["rejected"] / 100)
     return told
 
 # %% ../nbs/12e_adapt.ipynb #a5ad0027

@@ -121,7 +121,7 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):
         task = _task_of(source, names, labels if method.supervised else None, described)
         if method.noisy: task = replace(task, _noisy=task.audit.train)
         fitted = method.fit(clip, task, self.seed, self.progress, self.state_folder)
-        return self._learned(fitted, clip, task, indices)
+        return self._learned(fitted, clip, task, indices, dict(seed=self.seed))
 
     def _names(self, X, labels, indices):
         names = self.class_names if self.class_names is not None else getattr(X, "classes", None)
@@ -129,11 +129,11 @@ class ImageClassifier(ClassifierMixin, BaseEstimator):
         if names is None: raise ValueError("class_names: the names of the classes are needed, since the model reads them, as in class_names=['cat', 'dog'].")
         return check_class_names(list(names) if not isinstance(names, str) else names)
 
-    def _learned(self, fitted, clip, task, indices):
+    def _learned(self, fitted, clip, task, indices, beside):
         names = np.array(fitted.class_names)
         self._order = np.arange(len(names)) if indices else np.argsort(names)
         self.classes_ = np.arange(len(names)) if indices else names[self._order]
-        self.fitted_, self.clip_, self.task_ = fitted, clip, task
+        self.fitted_, self.clip_, self.task_, self.saved_with_ = fitted, clip, task, beside
         return self
 
     def predict_proba(self,
@@ -178,10 +178,9 @@ SIDECAR = "estimator.json" # beside `coft.json`: which kind of labels the estima
 def _save(self:ImageClassifier,
     folder, # where the files go, as in `save_fitted`
 )->Path: # the folder
-    "Write what was fitted; `load`, `load_fitted` and `coft predict` read it"
+    "Write what was fitted or loaded; `load`, `load_fitted` and `coft predict` read it"
     check_is_fitted(self)
-    if self.task_ is None: raise ValueError("save: this estimator was loaded from a folder; copy that folder.")
-    folder = save_fitted(folder, self.fitted_, self.clip_, self.task_, self.seed)
+    folder = save_fitted(folder, self.fitted_, self.clip_, self.task_, **self.saved_with_)
     told = dict(indices=bool(self.classes_.dtype.kind == "i"), digest=read_about(folder)["digest"])
     with replace_file(folder/SIDECAR) as file: file.write_text(json.dumps(told))
     return folder
@@ -197,7 +196,7 @@ def _load(cls,
     if cls.method and cls.method != about["method"]: raise ValueError(f"load: {cls.__name__} reads results of {cls.method!r}, and this one is of {about['method']!r}. Use VLMClassifier.load.")
     given = {k: about[k] for k in ("class_names", "model", "pretrained", "settings", "seed")} | {k: v for k, v in about["templates"].items() if v} | dict(device=device, clip=clip)
     self = cls(**given | ({} if cls.method else dict(method=about["method"])))
-    return self._learned(saved.fitted, saved.clip, None, told.get("digest") == about["digest"] and bool(told["indices"]))
+    return self._learned(saved.fitted, saved.clip, saved.task, told.get("digest") == about["digest"] and bool(told["indices"]), dict(seed=about["seed"], fallback=saved.fallback, records=saved.records))
 
 ImageClassifier.save, ImageClassifier.load = _save, classmethod(_load)
 

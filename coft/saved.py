@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'ABOUT', 'RECORDS', 'PLAIN_NAME', 'ONNX_TOLERANCE', 'ClipAbout', 'MemberAbout', 'FittedAbout', 'About',
-           'save_fitted', 'read_about', 'Saved', 'load_fitted', 'export_open_clip', 'export_onnx', 'push_saved',
-           'pull_saved']
+           'save_fitted', 'read_about', 'TaskAbout', 'Saved', 'load_fitted', 'export_open_clip', 'export_onnx',
+           'push_saved', 'pull_saved']
 
 # %% ../nbs/12c_saved.ipynb #12c00003
 import hashlib, json, os, re, warnings
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -84,40 +85,40 @@ def _clip_about(clip):
     pixels = {f"image_{k}": getattr(clip, k).flatten().tolist() if hasattr(clip, k) else None for k in ("mean", "std")}
     return dict(model=clip.name, pretrained=clip.pretrained, weights_sha256=clip.weights_sha256, model_sha256=clip.model_sha256) | pixels
 
-def _fitted_about(fitted, clip, front):
-    members = [dict(kind=m.kind, config=m.config(), file=f"{front}-{i}.safetensors", clip=None if m.clip.model_sha256 == clip.model_sha256 else _clip_about(m.clip)) for i, m in enumerate(fitted.members, 1)]
+def _fitted_about(fitted, clip, front, mark):
+    members = [dict(kind=m.kind, config=m.config(), file=_file_name(f"{front}-{i}.safetensors", mark), clip=None if m.clip.model_sha256 == clip.model_sha256 else _clip_about(m.clip)) for i, m in enumerate(fitted.members, 1)]
     return {k: getattr(fitted, k) for k in ("method", "settings", "facts", "messages")} | dict(members=members)
 
 # %% ../nbs/12c_saved.ipynb #12c00009
 def save_fitted(
-    folder, # where the files go; an earlier result in it is replaced
+    folder, # where the files go; an earlier result in it is replaced, and until `coft.json` is the new one, it is the earlier that is there
     fitted:Fitted, # what `Method.fit` returned
     clip, # the frozen model that it was given, `FrozenCLIP` or a `Box`
-    task:Task, # the task that it was given
+    task, # the `Task` that it was given, or the `TaskAbout` of a loaded result
     seed:int, # likewise
     fallback:Fitted|None=None, # zero-shot, to be saved beside it
-    records=(), # dicts, written into `records.jsonl` if there are any
+    records=(), # dicts, written into a file of lines if there are any
 )->Path: # the folder
     "Write a fitted method; earlier stages and arrays for plots (`stages`, `trace`) are not among what is written"
     folder, both = Path(folder), {"member": fitted} | ({} if fallback is None else {"fallback": fallback})
     for f in both.values(): _check_fits(f, task)
     seed = int(check_number("seed", seed, low=0, integer=True))
     if folder.exists() and not folder.is_dir(): raise ValueError(f"folder: {str(folder)!r} is a file; give the name of a folder.")
-    parts = {front: _fitted_about(f, clip, front) for front, f in both.items()}
+    mark = _free_mark(folder, both)
+    parts = {front: _fitted_about(f, clip, front, mark) for front, f in both.items()}
     about = parts["member"] | _clip_about(clip) | dict(schema=SCHEMA, version=__version__, class_names=list(fitted.class_names), task=task.name, templates={k: getattr(task, k) for k in ("template", "templates", "llm_templates")}, seed=seed, data_sha256=task.data_sha256, fallback=parts.get("fallback"))
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = [p for p in (folder/RECORDS, *(p for front in ("member", "fallback") for p in folder.glob(f"{front}-*.safetensors"))) if p.exists()]
-    with TemporaryDirectory(prefix=".saving-", dir=folder) as name: # an earlier result stays whole until all of this one is written
+    earlier = _files_of_results(folder)
+    with TemporaryDirectory(prefix=".saving-", dir=folder) as name:
         new = Path(name)
         for front, f in both.items():
             for part, member in zip(parts[front]["members"], f.members): _write_tensors(new/part["file"], member.tensors(), kind=member.kind)
-        if records: (new/RECORDS).write_text("".join(json.dumps(r, default=_plain) + "\n" for r in records))
+        if records: (new/_file_name(RECORDS, mark)).write_text("".join(json.dumps(r, default=_plain) + "\n" for r in records))
         about["files"] = {p.name: _file_sha256(p) for p in sorted(new.iterdir())}
         about = json.loads(json.dumps(about, default=_plain))
         (new/ABOUT).write_text(json.dumps(about | dict(digest=_digest(about)), indent=1, ensure_ascii=False), encoding="utf-8")
         for part in (*about["files"], ABOUT): os.replace(new/part, folder/part)
-    for old in earlier:
-        if old.name not in about["files"]: old.unlink()
+    for old in earlier: old.unlink()
     return folder
 
 # %% ../nbs/12c_saved.ipynb #12c0000a
@@ -125,6 +126,18 @@ def _check_fits(fitted, task):
     if list(fitted.class_names) != list(task.class_names): raise ValueError(f"fitted: {fitted.method!r} knows {len(fitted.class_names)} classes ({', '.join(fitted.class_names[:3])}, ...), and the task {task.name!r} has {len(task.class_names)} ({', '.join(task.class_names[:3])}, ...). Give the task that it was fitted to.")
     for i, m in enumerate(fitted.members, 1):
         if not isinstance(m, Member) or MEMBER_KINDS.get(m.kind) is not type(m): raise ValueError(f"fitted: member {i} of {fitted.method!r} is a {type(m).__name__}, which cannot be written down. Its method has to return a member of `coft.members`: one of {', '.join(sorted(MEMBER_KINDS))}, or a subclass of Member with a `kind` of its own.")
+
+def _files_of_results(folder): # of an earlier result, and of one whose saving was broken off
+    try: named = list(json.loads((folder/ABOUT).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError): named = []
+    left = (p.name for pattern in ("member-*.safetensors", "fallback-*.safetensors", "records.[0-9]*.jsonl") for p in folder.glob(pattern))
+    return [folder/n for n in {*named, *left} if PLAIN_NAME.fullmatch(str(n)) and n != ABOUT and (folder/n).is_file()]
+
+def _file_name(name, mark): return f"{Path(name).stem}{mark}{Path(name).suffix}"
+
+def _free_mark(folder, both): # for the names of the files, so that none of an earlier result is written over
+    names = [RECORDS, *(f"{front}-{i}.safetensors" for front, f in both.items() for i, _ in enumerate(f.members, 1))]
+    return next(m for m in chain([""], (f".{n}" for n in count(2))) if not any((folder/_file_name(n, m)).exists() for n in names))
 
 def _write_tensors(path, tensors, **about):
     from safetensors.torch import save_file
@@ -179,6 +192,16 @@ def _restore(about, folder, class_names, clip, others):
     return Fitted(about["method"], class_names, members, **{k: about[k] for k in ("settings", "facts", "messages")})
 
 # %% ../nbs/12c_saved.ipynb #12c0000f
+@dataclass(frozen=True)
+class TaskAbout:
+    "What a result knows of the task that it was fitted to"
+    name:str # of the task
+    class_names:list # C names
+    template:str # as of `Task`
+    templates:list # likewise
+    llm_templates:list|dict # likewise
+    data_sha256:str # digest of the task
+
 @dataclass
 class Saved:
     "A result as it was loaded"
@@ -186,7 +209,12 @@ class Saved:
     fallback:Fitted|None # zero-shot, if it was saved beside it
     clip:object # the frozen model: `FrozenCLIP`, or the `Box` that was given
     about:dict # the content of `coft.json`, its fields as in `About`
-    records:list=field(default_factory=list) # dicts of `records.jsonl`, if it was saved
+    records:list=field(default_factory=list) # dicts of the records that were saved along
+
+    @property
+    def task(self)->TaskAbout: # so that the result can be saved again
+        "What it was fitted to"
+        return TaskAbout(self.about["task"], self.about["class_names"], **self.about["templates"], data_sha256=self.about["data_sha256"])
 
     def __repr__(self): return f"Saved({self.fitted!r}, {self.about['model']!r}, {self.about['pretrained']!r})"
 
@@ -208,7 +236,7 @@ def load_fitted(
             _check_frozen(which, known[key])
         return known[key]
     fitted, fallback = (part and _restore(part, folder, about["class_names"], clip, others) for part in (about, about["fallback"]))
-    records = [json.loads(line) for line in (folder/RECORDS).read_text().splitlines()] if RECORDS in about["files"] else []
+    records = [json.loads(line) for name in about["files"] if name.endswith(Path(RECORDS).suffix) for line in (folder/name).read_text().splitlines()]
     return Saved(fitted, fallback, clip, about, records)
 
 # %% ../nbs/12c_saved.ipynb #12c00019
@@ -292,6 +320,6 @@ def pull_saved(
 )->Path: # the folder, ready for `load_fitted`
     "Download a saved result from a model hub; `ValueError` where it is none, or damaged"
     from huggingface_hub import snapshot_download
-    snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns=[ABOUT, RECORDS, "*.safetensors"], token=token, endpoint=endpoint)
+    snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns=[ABOUT, f"*{Path(RECORDS).suffix}", "*.safetensors"], token=token, endpoint=endpoint)
     read_about(folder)
     return Path(folder)

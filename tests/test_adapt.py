@@ -341,30 +341,27 @@ def test_a_folder_that_holds_no_model(home, name):
 
 # ---- signs
 
-def made_up(now, before, accepted=1.0, agree=1.0, n=100):
-    "An image table with these classes; the first share of labels accepted, the first share the same for both models."
+def made_up(now, before):
+    "An image table with these classes."
     names = lambda counts: [c for c, k in counts.items() for _ in range(k)]
-    first = np.arange(n)
-    table = pd.DataFrame({"class": names(now), "zero_shot_class": names(before), "label_1": names(now)})
-    table["label_2"] = np.where(first < agree * n, table.label_1, "other")
-    return table.assign(accepted_1=first < accepted * n, accepted_2=first < accepted * n)
+    return pd.DataFrame({"class": names(now), "zero_shot_class": names(before), "label_1": names(now), "label_2": names(now), "accepted_1": True, "accepted_2": True})
 
 
 EVEN = {"a": 25, "b": 25, "c": 25, "d": 25}
 
 
-@pytest.mark.parametrize("images, sign", [
-    (made_up(EVEN, EVEN), None),
-    (made_up(EVEN, EVEN, accepted=0.3, agree=0.6), None),
-    (made_up({"a": 50, "c": 25, "d": 25}, EVEN), "Class 'b' was lost: zero-shot gave it to 25 images"),
-    (made_up({"a": 55, "b": 15, "c": 15, "d": 15}, EVEN), "55 of 100 images are now called 'a'; zero-shot called 25 so"),
-    (made_up({"a": 55, "b": 15, "c": 15, "d": 15}, {"a": 40, "b": 20, "c": 20, "d": 20}), None),
-    (made_up(EVEN, {"d": 25, "c": 25, "b": 25, "a": 25}), "100 % of the images are called something else"),
-    (made_up(EVEN, EVEN, agree=0.4), "agree on only 40 % of the images"),
-    (made_up(EVEN, EVEN, accepted=0.1), "accepted only 10 % of each other's labels"),
+@pytest.mark.parametrize("images, peers, sign", [
+    (made_up(EVEN, EVEN), {}, None),
+    (made_up(EVEN, EVEN), dict(agreement=60.0, rejected=70.0), None),
+    (made_up({"a": 50, "c": 25, "d": 25}, EVEN), {}, "Class 'b' was lost: zero-shot gave it to 25 images"),
+    (made_up({"a": 55, "b": 15, "c": 15, "d": 15}, EVEN), {}, "55 of 100 images are now called 'a'; zero-shot called 25 so"),
+    (made_up({"a": 55, "b": 15, "c": 15, "d": 15}, {"a": 40, "b": 20, "c": 20, "d": 20}), {}, None),
+    (made_up(EVEN, {"d": 25, "c": 25, "b": 25, "a": 25}), {}, "100 % of the images are called something else"),
+    (made_up(EVEN, EVEN), dict(agreement=40.0, rejected=0.0), "agree on only 40 % of the images"),
+    (made_up(EVEN, EVEN), dict(agreement=90.0, rejected=90.0), "accepted only 10 % of each other's labels"),
 ], ids=str)
-def test_warning_signs(images, sign):
-    signs = room.signs_against_zero_shot(images, room.class_table(images, list(EVEN)))
+def test_warning_signs(images, peers, sign):
+    signs = room.signs_against_zero_shot(images, room.class_table(images, list(EVEN)), peers)
     assert signs == [] if sign is None else any(sign in s for s in signs)
 
 

@@ -292,16 +292,21 @@ def test_saved_and_loaded(indices, X, y, task, like, clip, tmp_path):
     assert (loaded.predict_proba(X) == estimator.predict_proba(X)).all() and (loaded.predict(X) == estimator.predict(X)).all()
     assert (loaded.method, loaded.seed, loaded.class_names, loaded.template) == ("linear-probe", 2, task.class_names, task.template)
     assert loaded.settings == estimator.fitted_.settings
-    assert "copy that folder" in message_of(loaded.save, tmp_path / "again")
+    copied = loaded.set_params(seed=7).save(tmp_path / "again")
+    assert {p.name: p.read_bytes() for p in copied.iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "saved").iterdir()}
+    loaded.set_params(seed=2)
     assert "reads results of 'coft'" in message_of(CoFTClassifier.load, tmp_path / "saved", clip=clip)
     again = clone(loaded).set_params(augmentation=task.augmentation).fit(X, y)
     assert (again.fitted_.predict_proba(task.test) == estimator.fitted_.predict_proba(task.test)).all()
 
 
-def test_a_result_of_the_protocol_is_loaded_with_names(clip, task, tmp_path):
+def test_a_result_of_the_protocol_is_loaded_with_names_and_saved_with_all_that_it_has(clip, task, tmp_path):
     fitted = get_method("zero-shot").fit(clip, task)
-    loaded = VLMClassifier.load(save_fitted(tmp_path, fitted, clip, task, 0), clip=clip)
+    folder = save_fitted(tmp_path / "saved", fitted, clip, task, 3, fitted, [{"accuracy": 0.5}])
+    loaded = VLMClassifier.load(folder, clip=clip)
     assert (loaded.predict(task.test) == np.array(task.class_names)[fitted.predict(task.test)]).all()
+    copied = loaded.save(tmp_path / "again")
+    assert all((copied / p.name).read_bytes() == p.read_bytes() for p in folder.iterdir())
 
 
 def test_base_has_no_method_of_its_own(X):

@@ -1,12 +1,14 @@
 "Saved results: every method comes back bit for bit, and what does not fit, is damaged or leads elsewhere is refused."
 import base64
 import json
+import os
 import shutil
 import sys
 import threading
 import types
 from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -114,8 +116,10 @@ def test_what_stands_in_the_json(folder, fit, clip, task):
 
 def test_a_later_result_replaces_an_earlier_one(folder, fit, clip, task):
     save_fitted(folder, fit("zero-shot"), clip, task, 0)
-    assert sorted(p.name for p in folder.iterdir()) == [ABOUT, "member-1.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [ABOUT, "member-1.2.safetensors"], "no file of the earlier one was written over"
     assert load_fitted(folder, clip=clip).fitted.method == "zero-shot"
+    save_fitted(folder, fit("coft-phase1"), clip, task, 3, records=[{"accuracy": 0.5}])
+    assert sorted(p.name for p in folder.iterdir()) == [ABOUT, "member-1.safetensors", "member-2.safetensors", "records.jsonl"]
 
 
 def test_saving_twice_writes_the_same_bytes(folder, fit, clip, task, tmp_path):
@@ -145,6 +149,33 @@ def test_saving_that_breaks_off_leaves_an_earlier_result_whole(folder, fit, clip
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert load_fitted(folder, clip=clip).fitted.method == "coft-phase1"
     assert "saving was broken off" in message_of(load_fitted, tmp_path / "first", kind=FileNotFoundError)
+
+
+@pytest.mark.parametrize("at", range(1, 6))
+def test_a_kill_between_any_two_files_leaves_one_whole_result(folder, fit, clip, task, monkeypatch, at):
+    "Two members, records, the fallback and the JSON are put in place one after the other."
+    made, replace_one = [], os.replace
+
+    def killed(old, new):
+        if not Path(old).name.startswith("."):
+            made.append(new)
+            if len(made) == at:
+                raise KeyboardInterrupt
+        replace_one(old, new)
+    save = lambda: save_fitted(folder, fit("coft-phase1", light_module="lora"), clip, task, 4, fit("zero-shot"), [{"accuracy": 0.6}])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("coft.saved.os.replace", killed)
+        save()
+    saved = load_fitted(folder, clip=clip)
+    assert (saved.about["seed"], saved.records) == (3, [{"accuracy": 0.5}]) and (saved.fitted.predict_all(task.test) == fit("coft-phase1").predict_all(task.test)).all()
+    again = load_fitted(save(), clip=clip)
+    assert (again.about["seed"], again.records) == (4, [{"accuracy": 0.6}]) and {p.name for p in folder.iterdir()} == {ABOUT, *again.about["files"]}
+
+
+def test_files_that_are_no_part_of_an_earlier_result_stay(tmp_path, fit, clip, task):
+    (tmp_path / "records.jsonl").write_text("of a job")
+    saved = load_fitted(save_fitted(tmp_path, fit("zero-shot"), clip, task, 0, records=[{"accuracy": 0.5}]), clip=clip)
+    assert (tmp_path / "records.jsonl").read_text() == "of a job" and saved.records == [{"accuracy": 0.5}]
 
 
 def test_a_result_of_a_box_is_loaded_from_its_model(fit, clip, task, tmp_path):
