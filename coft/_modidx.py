@@ -908,6 +908,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'coft.pages.accepted_labels': ('pages.html#accepted_labels', 'coft/pages.py'),
                             'coft.pages.accuracy_of_classes': ('pages.html#accuracy_of_classes', 'coft/pages.py'),
                             'coft.pages.beside_published': ('pages.html#beside_published', 'coft/pages.py'),
+                            'coft.pages.by_grid': ('pages.html#by_grid', 'coft/pages.py'),
                             'coft.pages.caught_strangers': ('pages.html#caught_strangers', 'coft/pages.py'),
                             'coft.pages.estimate': ('pages.html#estimate', 'coft/pages.py'),
                             'coft.pages.foretelling': ('pages.html#foretelling', 'coft/pages.py'),

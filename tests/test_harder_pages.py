@@ -10,10 +10,10 @@ import pytest
 from coft.data import TASKS
 from coft.experiment import Parameters
 from coft.filtering import SIGNS, selection_report
-from coft.pages import accuracy_of_classes, beside_published, caught_strangers, foretelling, mislabelled, shown_with, signs_and_gains, with_relatives
+from coft.pages import NINE, accuracy_of_classes, beside_published, caught_strangers, foretelling, mislabelled, shown_with, signs_and_gains, with_relatives
 from coft.protocol import METHODS, get_method
 from coft.results import Records
-from helpers import ROOT
+from helpers import ROOT, message_of
 from test_pages import paper_run
 
 QUICK = {"coft": dict(top_k=4, phase1_epochs=1, phase2_epochs=1), "coft-semi": dict(top_k=4, phase1_epochs=1, phase2_epochs=1), "top-k": dict(epochs=1, top_k=4), "ce": dict(epochs=1), "gmm": dict(epochs=1),
@@ -72,12 +72,35 @@ def test_the_page_of_figure_2_runs(run_page):
 
 
 def test_the_page_of_folders_runs(run_page):
-    text, page, records = run_page("harder-folders", methods=["zero-shot", "coft"], folders="strangers-30", shifts="turn")
+    text, page, records = run_page("harder-folders", methods=["zero-shot", "coft"], folders="strangers-30", shifts="turn", grid="full")
     assert {r["task"] for r in page["runs"]} == {"glyphs-toy", "glyphs-toy-strangers-30"} and "glyphs-toy-turn" in text and "coft, not filled" in text
     assert page["foretelling"](page["signs"]).runs.max() == 2 and "starting labels that came by filling" in text
     caught = page["caught_strangers"](page["runs"])
     assert set(caught.task) == {"glyphs-toy-strangers-30"} and (abs(caught.strangers - 30) < 1).all() and caught.accepted.notna().all()
     assert {r["settings"].get("fill_short") for r in records if r["method"] == "coft"} == {True, False}
+
+
+@pytest.mark.parametrize("name, paper", [("coft-2", ["cifar100n"]), ("coft-3", NINE), ("coft-fig2", NINE), ("harder-folders", ["digits", "glyphs"])])
+def test_the_short_grid_is_the_default_and_the_paper_profile_is_whole(name, paper):
+    def asked(**given):
+        space = {}
+        for cell in nbformat.read(ROOT / f"nbs/tables/{name}.ipynb", 4).cells:
+            if cell.cell_type == "code":
+                exec(cell.source.removesuffix("\np"), space)
+            if "parameters" in cell.metadata.get("tags", []):
+                space.update(given)
+            if "parameters_from(" in cell.source:
+                return space["p"].tasks, space.get("shots")
+    few, all_shots = ([2, 16], [2, 4, 8, 16]) if name == "coft-fig2" else (None, None)
+    assert asked() == (["digits"], few) and asked(grid="full") == (["digits", "glyphs"], all_shots)
+    assert asked(profile="paper") == (paper, all_shots) and asked(tasks="glyphs-toy", grid="full") == (["glyphs-toy"], all_shots)
+    assert "grid: 'long' is not known" in message_of(asked, grid="long", tasks="digits")
+
+
+def test_in_the_short_grid_filling_is_left_out_where_it_is_asked_about(run_page):
+    text, page, records = run_page("harder-folders", methods=["zero-shot", "coft"], folders=["tail-10", "copies"], shifts="turn")
+    assert {r["task"] for r in page["runs"] if r["method"] == "coft, not filled"} == {"glyphs-toy-tail-10"}
+    assert "difference from coft, points" in text
 
 
 # What the pages count
