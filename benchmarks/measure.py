@@ -1,0 +1,494 @@
+"""What coft's steps take, part by part, beside the plain way: every function returns rows of one table.
+
+A row is one number of one repetition: measure, backbone, classes, context, images, way, note, part, unit, repetition, value.
+`summary` makes medians and quartiles of them, `ratios` divides two ways or parts within each repetition.
+"""
+import io
+import json
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count, product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from coft.blackbox import BlackBoxVLM, Pictures
+from coft.clip import PromptEncoder, zero_shot_head
+from coft.collaborate import CoFTSettings, PromptedModel, cross_validate, first_labels
+from coft.core import generator
+from coft.craft import PromptGenerator, craft_settings, fitness
+from coft.data import ArrayImages, Augmentation, batches
+from coft.filtering import Similarities, select_topk
+from coft.glyphs import CHARACTERS, character_name
+from coft.images import Part, make_task
+from coft.prompts import dual_prompt_losses
+from coft.protocol import get_method
+from coft.trainer import EncoderWithHead, predict, train
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import plain
+
+ROOT = Path(__file__).resolve().parent.parent
+KEYS = ["measure", "backbone", "classes", "context", "images", "way", "note", "part", "unit"]
+LOOKS = "red black white small giant striped spotted golden wooden old wild common northern southern eastern western sea river mountain forest desert garden house field grey blue green brown silver dwarf royal crested".split()
+THINGS = "cat dog horse car truck bird lizard frog fish spider rose tulip daisy oak pine maple apple bread soup cake chair lamp clock guitar drum bridge tower castle boat train plane bicycle".split()
+TOLERANCE = dict(loss=1e-4, gradient=1e-3)
+
+
+def class_names(clip, n):
+    "So many class names that the model's vocabulary can write."
+    if clip.preset == "embedded":
+        made = [f"{character_name(c)}{look}" for look, c in product(("", ", bold", ", thin"), CHARACTERS)]
+    else:
+        made = [f"{look} {thing}" for thing, look in product(THINGS, LOOKS)]
+    if n > len(made):
+        raise ValueError(f"classes: {n} were asked for; there are names of {len(made)} for {clip.name!r}.")
+    return made[:n]
+
+
+def noise(n, size, seed=0):
+    "Images of random pixels."
+    return ArrayImages(np.random.default_rng(seed).integers(256, size=(n, size, size, 3), dtype=np.uint8))
+
+
+class Clock:
+    "Seconds since the last look, added up by part."
+
+    def __init__(self, device):
+        self.device, self.parts = device, {}
+        self.start()
+
+    def start(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.last = time.perf_counter()
+
+    def __call__(self, part):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.parts[part] = self.parts.get(part, 0.0) + now - self.last
+        self.last = now
+
+
+def alternating(ways, repetitions):
+    "Call the functions of `ways` in turn, forwards and backwards, after one call that does not count; what each returns, by repetition and name."
+    for call in ways.values():
+        call()
+    found = []
+    for r in range(repetitions):
+        order = list(ways.items())
+        found.append({name: call() for name, call in (order if r % 2 == 0 else order[::-1])})
+    return found
+
+
+def rows_of(found, measure, unit="s", notes=None, **where):
+    "Rows of one table from what `alternating` returned: way -> part -> value; `notes` say of a way what is not plain to see."
+    return [dict(backbone="", classes=0, context=0, images=0) | dict(measure=measure, unit=unit, repetition=r, way=way, note=(notes or {}).get(way, ""), part=part, value=value) | where
+            for r, ways in enumerate(found) for way, parts in ways.items() for part, value in parts.items()]
+
+
+def summary(rows):
+    "Median and quartiles over the repetitions."
+    groups = pd.DataFrame(rows).groupby(KEYS, sort=False).value
+    return groups.agg(median="median", q1=lambda v: v.quantile(0.25), q3=lambda v: v.quantile(0.75), repetitions="count").reset_index()
+
+
+def ratios(rows, measure, over, under):
+    "Rows of `over` divided by `under`, two pairs of (way, part), within every repetition of a measure."
+    table, where = pd.DataFrame(rows, columns=[*KEYS, "repetition", "value"]), ["backbone", "classes", "context", "images", "repetition"]
+    pick = lambda way, part: table[(table.measure == measure) & (table.way == way) & (table.part == part)]
+    found = pick(*over).merge(pick(*under), on=where, suffixes=("_over", "_under"))
+    said = lambda a, b: a if a == b or not b else b if not a else f"{a} / {b}"
+    return [dict({k: r[k] for k in where}, measure=measure, way=said(over[0], under[0]), part=said(over[1], under[1]), note=said(r["note_over"], r["note_under"]), unit="times", value=r["value_over"] / r["value_under"])
+            for r in found.to_dict("records")]
+
+
+@contextmanager
+def answering(module, **methods):
+    "These methods of one object answer otherwise inside the block."
+    for name, method in methods.items():
+        object.__setattr__(module, name, method)
+    try:
+        yield
+    finally:
+        for name in methods:
+            object.__delattr__(module, name)
+
+
+def autocast(device, precision):
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def split_step(features, rest, optimizer, device, precision="fp32"):
+    "One training step, taken apart at the image features: seconds of image tower, of what comes behind it, of the optimiser. The gradients are those of the whole."
+    optimizer.zero_grad()
+    clock = Clock(device)
+    with autocast(device, precision):
+        v = features()
+    clock("image tower")
+    leaf = v.detach().requires_grad_()
+    with autocast(device, precision):
+        loss = rest(leaf)
+    loss.backward()
+    clock("behind it")
+    if leaf.grad is None:
+        raise RuntimeError("the loss does not look at the image features that it was given, so the step cannot be taken apart")
+    v.backward(leaf.grad)
+    clock("image tower")
+    optimizer.step()
+    clock("optimiser")
+    return clock.parts
+
+
+def behind(model, pixels, label, u):
+    "The rest of a Phase I step, as a function of the image features."
+    def rest(leaf):
+        with answering(model, image_features=lambda pixels: leaf):
+            return model(pixels=pixels, label=label, u=u)["loss"]
+    return rest
+
+
+class Phase1:
+    "Our model of Phase I and the plain one, with the same numbers, on one batch."
+
+    def __init__(self, clip, n_classes, batch, n_context=16, seed=0, light_module=None):
+        self.clip, self.device, self.names = clip, clip.device, class_names(clip, n_classes)
+        kind = light_module or ("visual_prompt" if hasattr(clip.model.visual, "class_embedding") else "lora")
+        self.settings = replace(CoFTSettings(), n_context=n_context, light_module=kind)
+        self.ours = PromptedModel(clip, self.names, self.settings, seed)
+        self.plain = plain.Phase1(clip, self.names, self.ours) if kind == "visual_prompt" else None
+        self.images, self.batch = noise(batch, Augmentation().stored_size(clip.image_size)), batch
+        rng = generator(seed, "benchmark")
+        self.label = torch.from_numpy(rng.integers(n_classes, size=batch)).to(self.device)
+        self.u = torch.from_numpy(rng.random(batch)).to(self.device)
+        self.epoch = count()
+
+    def draw(self):
+        "A batch as training draws it, and the seconds that it took."
+        clock = Clock(self.device)
+        (_, pixels), = batches(self.images, range(self.batch), self.batch, self.clip.image_size, (0, "benchmark", next(self.epoch)), Augmentation(), device=self.device)
+        clock("data")
+        return pixels.to(self.device), clock.parts
+
+    def loss_alone(self):
+        "Seconds of both losses and their gradients, given features."
+        C, d = len(self.names), self.clip.embed_dim
+        v, positive, negative = (F.normalize(torch.randn(n, d, device=self.device), dim=-1).requires_grad_() for n in (self.batch, C, C))
+        clock = Clock(self.device)
+        l1, l2 = dual_prompt_losses(v, positive, negative, self.label, (self.label + 1) % C, self.clip.tau)
+        (l1 + l2).backward()
+        clock("loss")
+        return clock.parts
+
+    def step(self, model, precision="fp32"):
+        "A step of this model: data, image tower, text tower, loss, optimiser, whole."
+        optimizer, _ = self.settings.schedule(1).build([p for p in model.parameters() if p.requires_grad], 1000)
+
+        def call():
+            pixels, parts = self.draw()
+            parts |= split_step(lambda: model.image_features(pixels), behind(model, pixels, self.label, self.u), optimizer, self.device, precision)
+            parts |= self.loss_alone()
+            parts["text tower"] = max(0.0, parts.pop("behind it") - parts["loss"])
+            return parts | {"whole": sum(parts.values())}
+        return call
+
+    def differences(self):
+        "How far the plain way's loss and gradients are from ours, relative to their size."
+        pixels = self.draw()[0]
+        found = {}
+        for way, model in (("ours", self.ours), ("plain", self.plain)):
+            model.zero_grad()
+            loss = model(pixels=pixels, label=self.label, u=self.u)["loss"]
+            loss.backward()
+            found[way] = dict(loss=loss.detach()[None], **({"V+": self.ours.prompt.context.grad[0], "V-": self.ours.prompt.context.grad[1], "Pv": self.ours.visual.tokens.grad} if way == "ours" else self.plain.gradients()))
+        return {k: float((found["ours"][k] - found["plain"][k]).norm() / found["plain"][k].norm()) for k in found["plain"]}
+
+
+def phase1(clip, n_classes, batch, repetitions, n_context=16, plain_classes=100, precisions=("fp32",)):
+    """Rows of a Phase I step, ours in every precision and the plain way in float32.
+
+    Above `plain_classes` the plain way is measured with so many, and its text tower and losses are multiplied: its memory would not hold more.
+    """
+    few = Phase1(clip, min(n_classes, plain_classes), batch, n_context)
+    case = few if n_classes <= plain_classes else Phase1(clip, n_classes, batch, n_context)
+    ways = {"ours" + (f", {p}" if p != "fp32" else ""): case.step(case.ours, p) for p in precisions}
+    if few.plain is not None:
+        step = few.step(few.plain)
+
+        def scaled():
+            parts = step()
+            for part in ("text tower", "loss"):
+                parts[part] *= n_classes / min(n_classes, plain_classes)
+            return parts | {"whole": sum(v for k, v in parts.items() if k != "whole")}
+        ways["plain"] = scaled
+    notes = {} if few is case else {"plain": f"from {plain_classes} classes"}
+    return rows_of(alternating(ways, repetitions), "Phase I step", notes=notes, backbone=clip.name, classes=n_classes, context=n_context, images=batch)
+
+
+class FullFineTuning:
+    "Our encoder of Phase II and the plain one, with the same numbers, on one batch."
+
+    def __init__(self, clip, n_classes, batch):
+        self.case, self.clip = Phase1(clip, n_classes, batch, light_module="lora"), clip
+        self.ours = EncoderWithHead(clip, n_classes)
+        self.plain = plain.Encoder(clip, self.ours) if hasattr(clip.model.visual, "class_embedding") else None
+
+    def step(self, model, precision="fp32"):
+        "A step of this model: data, image tower, loss, optimiser, whole."
+        optimizer, _ = CoFTSettings().schedule(2).build(list(model.parameters()), 1000)
+
+        def call():
+            pixels, parts = self.case.draw()
+            parts |= split_step(lambda: model.features(pixels), lambda v: F.cross_entropy(model.classify(v), self.case.label), optimizer, self.clip.device, precision)
+            parts["loss"] = parts.pop("behind it")
+            return parts | {"whole": sum(parts.values())}
+        return call
+
+    def differences(self):
+        "As of `Phase1`; the gradient of all weights together."
+        pixels, found = self.case.draw()[0], {}
+        for way, model in (("ours", self.ours), ("plain", self.plain)):
+            model.zero_grad()
+            loss = F.cross_entropy(model.classify(model.features(pixels)), self.case.label)
+            loss.backward()
+            found[way] = dict(loss=loss.detach()[None], weights=torch.cat([p.grad.flatten() for p in model.parameters()]))
+        return {k: float((found["ours"][k] - found["plain"][k]).norm() / found["plain"][k].norm()) for k in found["plain"]}
+
+
+def full_fine_tuning(clip, n_classes, batch, repetitions, precisions=("fp32",)):
+    "Rows of a step of full fine-tuning."
+    case = FullFineTuning(clip, n_classes, batch)
+    ways = {"ours" + (f", {p}" if p != "fp32" else ""): case.step(case.ours, p) for p in precisions}
+    if case.plain is not None:
+        ways["plain"] = case.step(case.plain)
+    return rows_of(alternating(ways, repetitions), "full fine-tuning step", backbone=clip.name, classes=n_classes, images=batch)
+
+
+class Craft:
+    "One generation of CraFT's prompt search, on cached image features."
+
+    def __init__(self, clip, n_classes, n_images, population=40):
+        self.clip, self.names, self.population = clip, class_names(clip, n_classes), population
+        self.box = BlackBoxVLM(clip)
+        self.pictures = Pictures(noise(n_images, clip.image_size).batch(range(n_images), clip.image_size).numpy())
+        self.labels = torch.arange(n_images) % n_classes
+        start = self.box.embed_text("the" if clip.preset == "embedded" else "a photo of a")
+        settings = craft_settings("")
+        self.search = PromptGenerator(start, population=population)
+        self.contexts = self.search.context(self.search.ask())
+        self.prompts = plain.Prompts(clip, self.names, len(start))
+        self.v = clip.image_features(torch.from_numpy(self.pictures.pixels))
+
+    def ours(self):
+        "Fitness of all candidates, as a run of `craft` asks for it."
+        return fitness(torch.from_numpy(self.box.logits(self.contexts, self.names, self.pictures, candidates=True)), self.labels, None, 0.0)
+
+    def plain(self, candidates=None):
+        "Fitness of the first candidates, one after the other at the full length."
+        contexts = torch.from_numpy(self.contexts[:candidates]).to(self.clip.device)
+        return plain.craft_generation(self.prompts, contexts, self.v, self.labels.to(self.clip.device), self.clip.tau).cpu()
+
+    def differences(self, candidates=None):
+        "Largest relative distance of the fitness of a candidate."
+        ours, theirs = self.ours()[:candidates], self.plain(candidates)
+        return dict(fitness=float(((ours - theirs) / theirs).abs().max()))
+
+
+def craft(clip, n_classes, n_images, repetitions, loop=40):
+    "Rows of one generation of 40 candidates; the plain loop is made for `loop` of them and counted for all."
+    case = Craft(clip, n_classes, n_images)
+
+    def timed(call, times):
+        def run():
+            clock = Clock(clip.device)
+            call()
+            clock("whole")
+            return {"whole": clock.parts["whole"] * times}
+        return run
+    ways = {"ours": timed(case.ours, 1), "plain": timed(lambda: case.plain(loop), case.population / loop)}
+    notes = {} if loop == case.population else {"plain": f"from {loop} of {case.population} candidates"}
+    return rows_of(alternating(ways, repetitions), "CraFT generation", notes=notes, backbone=clip.name, classes=n_classes, context=case.contexts.shape[1], images=n_images)
+
+
+def text_tower(clip, n_classes, n_context, repetitions, with_plain=True):
+    "Rows of one forward and backward pass of one prompt for every class."
+    names = class_names(clip, n_classes)
+    ways, encoders = {}, {"ours": PromptEncoder(clip, names, n_context), **({"plain": plain.Prompts(clip, names, n_context)} if with_plain else {})}
+    start = 0.02 * torch.randn(n_context, clip.model.token_embedding.embedding_dim, device=clip.device)
+    for way, encoder in encoders.items():
+        def call(encoder=encoder, way=way):
+            context = start.clone().requires_grad_()
+            clock = Clock(clip.device)
+            encoder(context[None] if way == "ours" else context).sum().backward()
+            clock("whole")
+            return clock.parts
+        ways[way] = call
+    return rows_of(alternating(ways, repetitions), "text tower", backbone=clip.name, classes=n_classes, context=n_context)
+
+
+def prediction(clip, n_classes, n_images, repetitions, batch=64):
+    "Rows of images per second: from an image set to probabilities, and the image tower on prepared pixels."
+    encoder, images = EncoderWithHead(clip, n_classes, zero_shot_head(clip, class_names(clip, n_classes), "the {}." if clip.preset == "embedded" else "a photo of a {}.")), noise(n_images, clip.image_size)
+    ready = [clip.normalize(pixels) for _, pixels in batches(images, range(n_images), batch, clip.image_size)]
+
+    @torch.no_grad()
+    def bare():
+        for x in ready:
+            encoder.visual(x)
+
+    def rate(call):
+        def run():
+            clock = Clock(clip.device)
+            call()
+            clock("whole")
+            return {"whole": n_images / clock.parts["whole"]}
+        return run
+    ways = {"ours": rate(lambda: predict(encoder.logits, images, clip.image_size, batch)), "image tower alone": rate(bare)}
+    return rows_of(alternating(ways, repetitions), "prediction", "images/s", backbone=clip.name, classes=n_classes, images=n_images)
+
+
+def selection(n_images, n_classes, repetitions):
+    "Rows of what is done with the scores of all images once a tower has made them: S*, labels, verdicts; scores are random."
+    rng = np.random.default_rng(0)
+    scores = [rng.random((n_images, n_classes), dtype=np.float32) for _ in range(4)]
+    views = [Similarities(scores[2 * g], scores[2 * g + 1], 0.01) for g in range(2)]
+
+    def run():
+        clock = Clock(torch.device("cpu"))
+        select_topk(views[0].probabilities, 16)
+        clock("S*")
+        cross_validate(views)
+        clock("labels and verdicts")
+        return clock.parts | {"whole": sum(clock.parts.values())}
+    return rows_of(alternating({"ours": run}, repetitions), "selection", classes=n_classes, images=n_images)
+
+
+def training(clip, task, repetitions, steps=10):
+    """Rows of seconds per step of `coft.trainer.train` with the settings that the main job takes, beside the image tower's forward and backward on batches of the same size.
+
+    Phase I learns from the zero-shot labels of as many images as S* has, Phase II from those of all images.
+    """
+    settings = get_method("coft").settings_for(clip.preset)
+    P, _ = first_labels(clip, task)
+    chosen = select_topk(P, settings.top_k, settings.fill_short)
+    everything = np.arange(len(P)), P.argmax(1)
+    found = []
+    for phase, (index, labels) in ((1, chosen), (2, everything)):
+        schedule = settings.schedule(phase)
+        model = PromptedModel(clip, task.class_names, settings, 0) if phase == 1 else EncoderWithHead(clip, len(task.class_names))
+        optimizer, _ = schedule.build([p for p in model.parameters() if p.requires_grad], 1000)
+        n = min(schedule.batch_size, len(index))
+        (place, pixels) = next(batches(task.unlabelled, index, n, clip.image_size, (0, f"phase{phase}", 0), task.augmentation))
+        pixels, label, u = pixels.to(clip.device), torch.from_numpy(labels[place]).to(clip.device), torch.rand(n, device=clip.device)
+
+        def alone():
+            if phase == 1:
+                parts = [split_step(lambda: model.image_features(pixels), behind(model, pixels, label, u), optimizer, clip.device) for _ in range(steps)]
+            else:
+                parts = [split_step(lambda: model.features(pixels), lambda v: F.cross_entropy(model.classify(v), label), optimizer, clip.device) for _ in range(steps)]
+            return {"image tower": float(np.median([p["image tower"] for p in parts]))}
+
+        def whole():
+            begin = time.perf_counter()
+            few = np.resize(np.arange(len(index)), n * steps)
+            train(model, task.unlabelled, index[few], {"label": labels[few]}, replace(schedule, batch_size=n), clip.image_size, task.augmentation, 0, f"phase{phase}", progress=False, max_steps=steps)
+            return {"whole": (time.perf_counter() - begin) / steps}
+        made, steps_of_a_run = alternating({"image tower": alone, "training": whole}, repetitions), 2 * schedule.epochs * int(np.ceil(len(index) / schedule.batch_size))
+        found += rows_of([{"training": m["training"] | m["image tower"] | {"steps": steps_of_a_run}} for m in made], f"training, Phase {'I' * phase}", backbone=clip.name, classes=len(task.class_names), images=n)
+    return found
+
+
+def share_of_training(rows):
+    "Rows of the share of the image tower in the training time of a whole run, from the rows of `training`."
+    table = pd.DataFrame(rows).pivot_table(index=["repetition", "measure"], columns="part", values="value")
+    per = table.assign(whole=table.whole * table.steps, tower=table["image tower"] * table.steps).groupby("repetition")[["tower", "whole"]].sum()
+    return rows_of([{"training": {"image tower": share}} for share in 100 * per.tower / per.whole], "training, both phases", "%", backbone=rows[0]["backbone"], classes=rows[0]["classes"])
+
+
+class Bytes(TorchDispatchMode):
+    "Adds up the bytes that every operation reads and writes, views left out."
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        leaves = lambda values: [t for t in torch.utils._pytree.tree_leaves(values) if isinstance(t, torch.Tensor)]
+        given, made = leaves((args, kwargs or {})), leaves(out)
+        if not function.is_view:
+            self.total += sum(t.nbytes for t in (*given, *made))
+        return out
+
+
+def counted(call):
+    "Floating-point operations of matrices and convolutions, and bytes of all operations, in one call."
+    with FlopCounterMode(display=False) as flops:
+        call()
+    with Bytes() as moved:
+        call()
+    return dict(operations=flops.get_total_flops(), bytes=moved.total)
+
+
+def rates(device, precision, n, repetitions):
+    "What the processor does at best: operations per second of a square product of n x n matrices, bytes per second of a copy; the best of several."
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b, best = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), {}
+    long, target = torch.zeros(8 * n * n, device=device), torch.zeros(8 * n * n, device=device)
+    for _ in range(repetitions + 1):
+        clock = Clock(torch.device(device))
+        a @ b
+        clock("product")
+        target.copy_(long)
+        clock("copy")
+        for k, v in clock.parts.items():
+            best[k] = min(best.get(k, v), v)
+    return dict(operations=2 * n**3 / best["product"], bytes=2 * long.nbytes / best["copy"])
+
+
+def floor(clip, what, n_classes, batch, repetitions, precision, n=4096):
+    "Rows of a step beside its floor: seconds, seconds that its operations and its bytes take at best, and the share of the matrix rate."
+    case = Phase1(clip, n_classes, batch) if what == "Phase I step" else FullFineTuning(clip, n_classes, batch)
+    step = case.step(case.ours, precision)
+    needs, best = counted(step), rates(clip.device, precision, n, repetitions)
+    least = {k: needs[k] / best[k] for k in needs}
+    found = [{precision: dict(step=parts["whole"] - parts["data"], operations=least["operations"], bytes=least["bytes"])} for parts in (w["ours"] for w in alternating({"ours": step}, repetitions))]
+    where = dict(backbone=clip.name, classes=n_classes, images=batch)
+    share = [{precision: {"share of the matrix rate": 100 * f[precision]["operations"] / f[precision]["step"]}} for f in found]
+    return rows_of(found, f"floor, {what}", **where) + rows_of(share, f"floor, {what}", "%", **where)
+
+
+def pictures_in_files(n, side=(375, 500)):
+    "JPEGs of smooth colours, as large as photographs usually are, in memory."
+    rng, files = np.random.default_rng(0), []
+    for _ in range(n):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(256, size=(12, 16, 3), dtype=np.uint8)).resize(side[::-1], Image.Resampling.BICUBIC).save(file, "JPEG")
+        files.append(file.getvalue())
+    return files
+
+
+def whole_run(clip, n_images, n_classes, side=(375, 500), **settings):
+    "Row of the minutes that CoFT takes with the settings of the paper on so many JPEGs, decoding included."
+    task = make_task("benchmark", class_names(clip, n_classes), Part(pictures_in_files(n_images, side)), template="the {}." if clip.preset == "embedded" else "a photo of a {}.")
+    begin = time.perf_counter()
+    get_method("coft", "paper", **settings).fit(clip, task, progress=False)
+    return rows_of([{"ours": {"whole": (time.perf_counter() - begin) / 60}}], "CoFT", "min", backbone=clip.name, classes=n_classes, images=n_images)
+
+
+def peak_memory(**case):
+    "Row of the peak memory of one step in a process of its own; arguments as of `benchmarks.peak.one`."
+    done = subprocess.run([sys.executable, "-m", "benchmarks.peak", json.dumps(case)], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the memory of {case} could not be measured:\n{done.stderr.strip()}")
+    told = json.loads(done.stdout.splitlines()[-1])
+    where = dict(backbone=case["backbone"], classes=case["n_classes"], images=case["batch"])
+    return rows_of([{case["way"]: {"step": told["step_mb"], "process": told["peak_mb"]}}], f"peak memory, {case['what']}", "MB", **where)
