@@ -76,7 +76,7 @@ class Phase1(nn.Module):
         v, tau, C = self.image_features(pixels), self.clip.tau, len(positive)
         s_pos, s_neg = v @ positive.T / tau, v @ negative.T / tau
         other = (label + 1 + (u * (C - 1)).long()) % C
-        clean = [torch.stack([s_pos, s_neg], -1)[torch.arange(len(v)), k].log_softmax(-1) for k in (label, other)]
+        clean = [torch.stack([s_pos, s_neg], -1)[torch.arange(len(v), device=v.device), k].log_softmax(-1) for k in (label, other)]
         l2 = -(clean[0][:, 0] + clean[1][:, 1]).mean()
         return {"loss": F.cross_entropy(s_pos, label) + l2}
 

@@ -209,6 +209,7 @@ def batches(
     index = np.asarray(index)
     if not len(index): raise ValueError("there are no images to visit. Tasks that are only tested on have no training images; tasks made without `test` have no test images.")
     order = np.arange(len(index)) if stream is None else generator(*stream, "order").permutation(len(index))
+    device = _indexed(device)
     places, workers = [share(order[start:start + batch_size]) for start in range(0, len(index), batch_size)], workers_for(device, workers)
     stored = (size, False) if augmentation is None else (augmentation.stored_size(size), True)
     views = _views(places, index, _pixels(images, [index[p] for p in places], stored, workers), size, stream, augmentation, device)
@@ -220,8 +221,12 @@ def _views(places, index, pixels, size, stream, augmentation, device):
         yield place, x if augmentation is None else augmentation(x, uniforms(*stream, "augment", index=index[place], size=augmentation.n_numbers), size)
 
 def _moved(x, device):
-    kind = torch.device(device or "cpu").type
-    return x if kind == "cpu" else x.pin_memory().to(device, non_blocking=True) if kind == "cuda" else x.to(device)
+    if device.type != "cuda": return x.to(device)
+    with torch.cuda.device(device): return x.pin_memory().to(device, non_blocking=True)
+
+def _indexed(device): # a thread of its own has another current GPU
+    device = torch.device(device or "cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
 
 # %% ../nbs/02_data.ipynb #cbe3561f
 @dataclass(frozen=True)

@@ -185,6 +185,16 @@ def test_so_many_processes_decode(monkeypatch):
     assert "COFT_WORKERS" in message_of(workers_for) and "'many'" in message_of(workers_for)
 
 
+def test_pixels_go_to_the_gpu_of_the_process_that_trains(tmp_path, monkeypatch):
+    "The thread that moves them has a current GPU of its own, the first."
+    went = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0 if threading.current_thread().name.startswith("coft-ahead") else 3)
+    monkeypatch.setattr("coft.data._moved", lambda x, device: went.append((threading.current_thread().name[:10], str(device))) or x)
+    list(batches(FileImages(Written(tmp_path)), range(4), 4, 16, device="cuda", workers=1))
+    list(batches(FileImages(Written(tmp_path)), range(4), 4, 16, device="cuda:1", workers=0))
+    assert went == [("coft-ahead", "cuda:3"), ("MainThread", "cuda:1")]
+
+
 def test_items_are_made_ahead_and_never_too_many():
     made, closed = [], []
 
