@@ -490,6 +490,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                            'coft.data._Undecoded.__getitem__': ('data.html#_undecoded.__getitem__', 'coft/data.py'),
                            'coft.data._Undecoded.__init__': ('data.html#_undecoded.__init__', 'coft/data.py'),
                            'coft.data._Undecoded.__len__': ('data.html#_undecoded.__len__', 'coft/data.py'),
+                           'coft.data._indexed': ('data.html#_indexed', 'coft/data.py'),
                            'coft.data._lines': ('data.html#_lines', 'coft/data.py'),
                            'coft.data._moved': ('data.html#_moved', 'coft/data.py'),
                            'coft.data._pixels': ('data.html#_pixels', 'coft/data.py'),
