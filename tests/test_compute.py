@@ -230,7 +230,7 @@ def test_both_models_look_at_an_image_once(clip, task, monkeypatch):
         expected.append([(v @ t.T).detach() for t in m.prompt()])
     read = called(monkeypatch, ArrayImages, "batch")
     views = similarities(models, task.unlabelled)
-    assert [len(index) for index, _ in read] == [72]
+    assert [len(index) for index, *_ in read] == [72]
     for view, (positive, negative) in zip(views, expected):
         assert_same([torch.from_numpy(view.positive), torch.from_numpy(view.negative)], [positive, negative], 1e-5)
 
