@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 import importlib
 
 _HOME = {
-    "load_clip": "clip", "FrozenCLIP": "clip", "zero_shot_head": "clip",
+    "load_clip": "clip", "FrozenCLIP": "clip", "Compute": "clip", "zero_shot_head": "clip",
     "Task": "data", "read_class_names": "data", "read_templates": "data", "sample_task": "data", "ArrayImages": "data", "Augmentation": "data", "FileImages": "images",
     "task_from_folder": "images", "task_from_table": "images", "task_from_arrays": "images", "task_from_dataset": "images",
     "TASKS": "datasets", "load_task": "datasets", "register_task": "datasets", "DATASETS": "datasets",

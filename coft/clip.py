@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -216,6 +217,10 @@ class FrozenCLIP:
         return sha256_of(self.name, self.weights_sha256, self.mean.numpy(), self.std.numpy())
     @property
     def embed_dim(self)->int: return self.model.visual.output_dim
+    @property
+    def changes(self)->int:
+        "How often weights were changed in place: what was computed before is no more than a memory"
+        return sum(p._version for p in self.model.parameters())
     @property
     def causal(self)->bool:
         "Whether no token of a text looks at a later one, and its end is what is read"
@@ -519,6 +524,8 @@ def _load_photo_model(pretrained, device, mean, std):
 
 
 # %% ../nbs/01_clip.ipynb #112879c8
+_HEADS = WeakKeyDictionary() # model -> texts -> (changes of the model's weights, head)
+
 def zero_shot_head(
     clip:FrozenCLIP, # the model
     class_names, # C names
@@ -528,8 +535,12 @@ def zero_shot_head(
     "Text features t(c_k), averaged over the templates or descriptions (Eq. 1)"
     by_class = isinstance(templates, Mapping)
     groups = _described(class_names, templates) if by_class else _filled(class_names, templates)
-    features = clip.text_features([t for g in groups for t in g], long_texts).split([len(g) for g in groups])
-    return F.normalize(torch.stack([f.mean(0) for f in features]) if by_class else torch.stack(features).mean(0), dim=-1)
+    tokens, sizes = tokenize(clip.tokenizer, [t for g in groups for t in g], long_texts), [len(g) for g in groups]
+    known, key = _HEADS.setdefault(clip, {}), (by_class, *sizes, sha256_of(tokens.numpy()))
+    if key not in known or known[key][0] != clip.changes:
+        features = clip.token_features(tokens).split(sizes)
+        known[key] = clip.changes, F.normalize(torch.stack([f.mean(0) for f in features]) if by_class else torch.stack(features).mean(0), dim=-1)
+    return known[key][1].clone()
 
 # %% ../nbs/01_clip.ipynb #a57fe357
 def _filled(class_names, templates): # for every template, C texts

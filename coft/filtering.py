@@ -30,7 +30,7 @@ def softmax_probabilities(
 
 # %% ../nbs/05_filtering.ipynb #c0de0502
 KEEP_FEATURES = 2**28 # bytes of features that are kept of one image set; more are computed anew each time
-_FEATURES = WeakKeyDictionary() # model -> id of an image set -> (weak reference to it, features)
+_FEATURES = WeakKeyDictionary() # model -> id of an image set -> (weak reference to it, changes of the model's weights, features)
 
 def frozen_features(
     clip:FrozenCLIP, # the model
@@ -38,10 +38,10 @@ def frozen_features(
 )->torch.Tensor: # [N, embed_dim], unit length
     "v(x) of all images by the frozen tower, test view"
     known, key = _FEATURES.setdefault(clip, {}), id(images)
-    if key in known and known[key][0]() is images: return known[key][1]
+    if key in known and known[key][0]() is images and known[key][1] == clip.changes: return known[key][2]
     features = torch.cat([clip.image_features(pixels) for _, pixels in batches(images, range(len(images)), 256, clip.image_size)])
     if features.nbytes <= KEEP_FEATURES:
-        with suppress(TypeError): known[key] = ref(images, lambda _: known.pop(key, None)), features # an object that takes no weak reference is not kept
+        with suppress(TypeError): known[key] = ref(images, lambda _: known.pop(key, None)), clip.changes, features # an object that takes no weak reference is not kept
     return features
 
 # %% ../nbs/05_filtering.ipynb #9fe67127

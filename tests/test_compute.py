@@ -253,6 +253,27 @@ def test_frozen_features_are_computed_once(clip, task, monkeypatch):
     assert torch.equal(frozen_features(clip, other), frozen_features(clip, other)) and len(looked) == 2, "too many to be kept"
 
 
+def test_what_was_computed_once_does_not_outlive_the_weights(exact, task, monkeypatch):
+    encoded = called(monkeypatch, FrozenCLIP, "token_features")
+    heads = [zero_shot_head(exact, task.class_names, t) for t in (task.template, "the {}.", task.template)]
+    assert len(encoded) == 2 and torch.equal(heads[0], heads[2]) and not torch.equal(heads[0], heads[1])
+    heads[0].zero_()
+    assert zero_shot_head(exact, task.class_names, task.template).any(), "what a caller does to its head stays with it"
+    images = Floats(torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(0), dtype=torch.double))
+    features = frozen_features(exact, images)
+    with torch.no_grad():
+        exact.model.text_projection.mul_(-1)
+        exact.model.visual.proj.mul_(-1)
+    assert_same([zero_shot_head(exact, task.class_names, task.template), frozen_features(exact, images)], [-heads[2], -features])
+
+
+class Floats:
+    "An image set of floats as they are"
+    def __init__(self, pixels): self.pixels = pixels
+    def __len__(self): return len(self.pixels)
+    def batch(self, index, size, whole=False): return self.pixels[torch.as_tensor(index)]
+
+
 @dataclass
 class Mine:
     "An image set of the user's, which has no hash"
