@@ -169,6 +169,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                            'coft.clip.FrozenCLIP.__init__': ('clip.html#frozenclip.__init__', 'coft/clip.py'),
                            'coft.clip.FrozenCLIP.__repr__': ('clip.html#frozenclip.__repr__', 'coft/clip.py'),
                            'coft.clip.FrozenCLIP.causal': ('clip.html#frozenclip.causal', 'coft/clip.py'),
+                           'coft.clip.FrozenCLIP.changes': ('clip.html#frozenclip.changes', 'coft/clip.py'),
                            'coft.clip.FrozenCLIP.compute': ('clip.html#frozenclip.compute', 'coft/clip.py'),
                            'coft.clip.FrozenCLIP.copy_visual': ('clip.html#frozenclip.copy_visual', 'coft/clip.py'),
                            'coft.clip.FrozenCLIP.device': ('clip.html#frozenclip.device', 'coft/clip.py'),
