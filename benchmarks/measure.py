@@ -25,7 +25,7 @@ from coft.craft import PromptGenerator, craft_settings, fitness
 from coft.data import ArrayImages, Augmentation, batches
 from coft.filtering import Similarities, select_topk
 from coft.glyphs import CHARACTERS, character_name
-from coft.images import Part, make_task
+from coft.images import FileImages, Part, make_task
 from coft.prompts import dual_prompt_losses
 from coft.protocol import get_method
 from coft.trainer import EncoderWithHead, predict, train
@@ -99,6 +99,13 @@ def summary(rows):
     "Median and quartiles over the repetitions."
     groups = pd.DataFrame(rows).groupby(KEYS, sort=False).value
     return groups.agg(median="median", q1=lambda v: v.quantile(0.25), q3=lambda v: v.quantile(0.75), repetitions="count").reset_index()
+
+
+def wide(table):
+    "A summary as it is read: a column for each part, medians with their quartiles; of the rest, what is the same everywhere is left out but for backbone, classes and way."
+    told = [f"{r.median:.3g}" + (f" ({r.q1:.3g} to {r.q3:.3g})" if r.repetitions > 1 else "") for r in table.itertuples()]
+    keys = [k for k in KEYS[:-2] if table[k].nunique() > 1 or (k in ("backbone", "classes", "way") and table[k].any())]
+    return table.assign(value=told, part=table.part + " (" + table.unit + ")").pivot_table(index=keys, columns="part", values="value", aggfunc="first", sort=False, fill_value="").reset_index().rename_axis(columns=None)
 
 
 def ratios(rows, measure, over, under):
@@ -402,7 +409,8 @@ def training(clip, task, repetitions, steps=10):
             train(model, task.unlabelled, index[few], {"label": labels[few]}, replace(schedule, batch_size=n), clip.image_size, task.augmentation, 0, f"phase{phase}", progress=False, max_steps=steps)
             return {"whole": (time.perf_counter() - begin) / steps}
         made, steps_of_a_run = alternating({"image tower": alone, "training": whole}, repetitions), 2 * schedule.epochs * int(np.ceil(len(index) / schedule.batch_size))
-        found += rows_of([{"training": m["training"] | m["image tower"] | {"steps": steps_of_a_run}} for m in made], f"training, Phase {'I' * phase}", backbone=clip.name, classes=len(task.class_names), images=n)
+        where = dict(measure=f"training, Phase {'I' * phase}", backbone=clip.name, classes=len(task.class_names), images=n)
+        found += rows_of([{"training": m["training"] | m["image tower"]} for m in made], **where) + rows_of([{"training": {"steps": steps_of_a_run}} for _ in made], unit="of a run", **where)
     return found
 
 
@@ -474,6 +482,24 @@ def pictures_in_files(n, side=(375, 500)):
         Image.fromarray(rng.integers(256, size=(12, 16, 3), dtype=np.uint8)).resize(side[::-1], Image.Resampling.BICUBIC).save(file, "JPEG")
         files.append(file.getvalue())
     return files
+
+
+def feeding(size, n_images, repetitions, batch=64, processes=2, side=(375, 500)):
+    "Rows of random views per second from JPEGs, for a step that takes no time: decoded in turn in threads, ahead in other processes, and kept from the pass before."
+    files, epoch = pictures_in_files(n_images, side), count()
+
+    def rate(keep_bytes, workers):
+        images = FileImages(files, keep_bytes=keep_bytes)
+
+        def run():
+            clock = Clock(torch.device("cpu"))
+            for _ in batches(images, range(n_images), batch, size, (0, "feeding", next(epoch)), Augmentation(), workers=workers):
+                pass
+            clock("whole")
+            return {"whole": n_images / clock.parts["whole"]}
+        return run
+    ways = {"decoded in turn": rate(0, 0), f"decoded ahead by {processes}": rate(0, processes), "kept": rate(2**40, 0)}
+    return rows_of(alternating(ways, repetitions), "feeding", "images/s", images=n_images)
 
 
 def whole_run(clip, n_images, n_classes, side=(375, 500), **settings):

@@ -1,6 +1,7 @@
 "Plots of the benchmarks' table; ways differ in colour and in marker, line or hatch, so that they read in grey."
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 STYLES = {"ours": dict(marker="o", linestyle="-"), "plain": dict(marker="s", linestyle="--"), "ours, bf16": dict(marker="^", linestyle=":"), "image tower alone": dict(marker="D", linestyle="-.")}
 COLOURS = dict(zip(STYLES, sns.color_palette("colorblind")))
@@ -34,7 +35,10 @@ def growth(tables, quantity, title=""):
             axis.errorbar(part[along], part["median"], spread, label=way, color=COLOURS.get(way), capsize=3, markersize=5, **STYLES.get(way, {}))
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel=quantity)
         axis.set_xticks(sorted(set(table[along])), [f"{v:,g}" for v in sorted(set(table[along]))], minor=False)
-        axis.minorticks_off()
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.grid(axis="y", alpha=0.4)
         axis.legend(frameon=False)
     axes[0][0].set_title(title, fontsize=11, loc="left")

@@ -130,10 +130,10 @@ def run_page(**parameters):
 def test_the_page_runs_and_keeps_its_table(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "peak_memory", lambda **case: measure.rows_of([{case["way"]: {"step": 2.0, "process": 3.0}}], f"peak memory, {case['what']}", "MB", backbone=case["backbone"], classes=case["n_classes"]))
     monkeypatch.setattr("benchmarks.measure.training.__defaults__", (2,))
-    done = run_page(backbone="embedded", backbones=["embedded-l"], classes=[3, 6], contexts=[2], images=[200], batch=4, repetitions=2, plain_classes=3, craft_classes=3, craft_loop=1, predicted=4,
+    done = run_page(backbone="embedded", backbones=["embedded-l"], classes=[3, 6], contexts=[2], images=[200], batch=4, repetitions=2, plain_classes=3, craft_classes=3, craft_loop=1, predicted=4, fed=4,
                     task="glyphs-toy", matrix=64, out_dir=str(tmp_path))
     table, aims = pd.read_csv(tmp_path / "benchmarks.csv"), done["aims"]
-    assert {"Phase I step", "full fine-tuning step", "prediction", "CraFT generation", "text tower", "selection", "training, both phases", "floor, Phase I step", "peak memory, Phase I step"} <= set(table.measure)
+    assert {"Phase I step", "full fine-tuning step", "prediction", "feeding", "CraFT generation", "text tower", "selection", "training, both phases", "floor, Phase I step", "peak memory, Phase I step"} <= set(table.measure)
     assert (table.repetitions == 2)[table.measure == "Phase I step"].all() and table.machine.nunique() == 1
     assert set(table[(table.measure == "Phase I step") & (table.classes == 6) & (table.way == "plain")].note) == {"from 3 classes"}
     assert set(table[(table.measure == "Phase I step") & (table.backbone == "embedded-l")].classes) == {3}
@@ -145,3 +145,10 @@ def test_the_page_runs_and_keeps_its_table(tmp_path, monkeypatch):
 def test_a_wrong_name_or_number_stops_the_page():
     assert "clases" in message_of(run_page, clases=[3])
     assert "craft_loop: 41" in message_of(run_page, backbone="embedded", craft_loop=41)
+
+
+def test_a_summary_reads_by_part():
+    rows = measure.rows_of([{"ours": {"a": 1.0, "b": 2.0}, "plain": {"a": 4.0}}, {"ours": {"a": 3.0, "b": 2.0}, "plain": {"a": 4.0}}], "step", backbone="x", classes=3)
+    assert measure.wide(measure.summary(rows)).to_dict("records") == [
+        {"backbone": "x", "classes": 3, "way": "ours", "a (s)": "2 (1.5 to 2.5)", "b (s)": "2 (2 to 2)"},
+        {"backbone": "x", "classes": 3, "way": "plain", "a (s)": "4 (4 to 4)", "b (s)": ""}]
