@@ -285,7 +285,9 @@ def reproduce(
             return
         given = _settings(setting)
         check_page_parameters(table, given)
-        page = run_page(table, given | dict(out_dir=out_dir), out_dir, not quiet)
+        from papermill import PapermillExecutionError
+        try: page = run_page(table, given | dict(out_dir=out_dir), out_dir, not quiet)
+        except PapermillExecutionError as e: raise RuntimeError(f"the page stopped. {e.ename}: {e.evalue} What it shows up to there is in {Path(out_dir)/'pages'/table}.ipynb.") from e
     typer.echo(f"Written to {page}.")
 
 # %% ../nbs/13_cli.ipynb #c1100011

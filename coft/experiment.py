@@ -441,9 +441,11 @@ def all_packed_runs()->list: # of paths
 
 # %% ../nbs/12_experiment.ipynb #b621e9a4
 def _notebooks():
-    "The notebooks of the checkout, or those that the wheel carries"
+    "The notebooks of the checkout, those that the wheel carries, or those beside a package that was installed from a checkout"
     checkout = project_root()/"nbs"
-    return checkout if checkout.is_dir() else Path(__file__).parent/"notebooks"
+    if checkout.is_dir(): return checkout
+    package = Path(__file__).parent
+    return package/"notebooks" if (package/"notebooks").is_dir() else package.parent/"nbs"
 
 # %% ../nbs/12_experiment.ipynb #833c3cb8
 PICTURES = ("class_quality", "clean_histogram", "selection_by_confidence", "reliability", "confusion", "images")

@@ -9,9 +9,12 @@ from types import SimpleNamespace
 
 import coft
 import coft.cli as module
+import nbformat
 import pytest
 from coft.cli import app
 from coft.experiment import TABLES
+from coft.results import Records
+from papermill import PapermillExecutionError
 from typer.testing import CliRunner
 
 COMMAND = Path(sys.executable).parent / "coft"
@@ -113,6 +116,26 @@ def test_reproduce_runs_the_page_with_the_parameters_given(monkeypatch, tmp_path
 def test_reproduce_names_what_it_does_not_know(given, parts):
     answer = CliRunner().invoke(app, ["reproduce", *given])
     assert answer.exit_code == 2 and all(part in answer.stderr for part in parts)
+
+
+def test_reproduce_makes_a_real_page(tmp_path):
+    given = [f"--set={k}={v}" for k, v in dict(methods="zero-shot", tasks="glyphs-toy", seeds="[1]", device="cpu").items()]
+    answer = subprocess.run([COMMAND, "reproduce", "coft-1", *given, "--out-dir", tmp_path / "out", "--quiet"], cwd=tmp_path, capture_output=True, text=True)
+    page = tmp_path / "out/pages/coft-1.ipynb"
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout == f"Written to {page}.\n"
+    cells = [c for c in nbformat.read(page, 4).cells if c.cell_type == "code"]
+    assert all(c.execution_count for c in cells) and any("image/png" in o.get("data", {}) for c in cells for o in c.outputs)
+    assert [(r["method"], r["task"], r["seed"]) for r in Records(tmp_path / "out").load()] == [("zero-shot", "glyphs-toy", 1)]
+
+
+def test_reproduce_says_why_a_page_stopped(monkeypatch, tmp_path):
+    def stopped(*args):
+        raise PapermillExecutionError(5, 5, "p = parameters_from(...)", "ValueError", "seeds: an empty list was given.", "")
+    monkeypatch.setattr("coft.experiment.run_page", stopped)
+    answer = CliRunner().invoke(app, ["reproduce", "coft-1", "--out-dir", str(tmp_path)])
+    assert answer.exit_code == 1 and answer.stderr.count("\n") == 1
+    assert "ValueError: seeds: an empty list was given." in answer.stderr and f"{tmp_path}/pages/coft-1.ipynb" in answer.stderr
 
 
 def test_reproduce_lists_every_table():
