@@ -262,12 +262,14 @@ def report(
     folder:Path=FOLDER,
     images:Path=typer.Option(None, help="folder of the images, where it has moved since"),
     out:Path=typer.Option(None, "--out", "-o", help="file to write; report.html in the folder by default"),
+    as_json:bool=JSON,
 ):
     "Write one HTML file that shows an adaptation: what was kept, what was rejected, how sure the models are."
     with _messages("report"):
         from coft.report import write_report
         path = write_report(folder, images, out)
-    typer.echo(f"Written to {path}; open it in a browser, it needs no network.")
+    if as_json: _print_json({"report": path})
+    else: typer.echo(f"Written to {path}; open it in a browser, it needs no network.")
 
 # %% ../nbs/13_cli.ipynb #c1100010
 @app.command(epilog=EXIT_CODES)
@@ -276,19 +278,23 @@ def reproduce(
     setting:list[str]=typer.Option([], "--set", metavar="NAME=VALUE", help="a parameter of the page, as profile=paper or seeds=[0,1,2]"),
     out_dir:str=typer.Option("results", help="folder of runs and pages; a relative one starts at the project's root"),
     quiet:bool=QUIET,
+    as_json:bool=JSON,
 ):
     "Run the page of a table: runs that are missing are made, finished ones are found again."
     with _messages("reproduce", "Finished runs are kept, and the same command goes on behind them."):
         from coft.experiment import TABLES, check_page_parameters, page_source, run_page
         if table is None:
-            for name in TABLES: typer.echo(f"{name:16} {_summary_of(page_source(name))}")
+            about = {name: _summary_of(page_source(name)) for name in TABLES}
+            if as_json: _print_json(about)
+            else: typer.echo("\n".join(f"{name:16} {text}" for name, text in about.items()))
             return
         given = _settings(setting)
         check_page_parameters(table, given)
         from papermill import PapermillExecutionError
         try: page = run_page(table, given | dict(out_dir=out_dir), out_dir, not quiet)
         except PapermillExecutionError as e: raise RuntimeError(f"the page stopped. {e.ename}: {e.evalue} What it shows up to there is in {Path(out_dir)/'pages'/table}.ipynb.") from e
-    typer.echo(f"Written to {page}.")
+    if as_json: _print_json({"page": page})
+    else: typer.echo(f"Written to {page}.")
 
 # %% ../nbs/13_cli.ipynb #c1100011
 def _summary_of(page):

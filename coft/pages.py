@@ -194,15 +194,15 @@ def _as_in_the_paper(record, also):
 # %% ../nbs/12b_pages.ipynb #7ab1001c
 def label_rounds(
     runs:list, # records
-)->pd.DataFrame: # task, method, seed, round, labels (count), right (%)
-    "Size and precision of the pseudo-labelled set in every round; the mean of both models where there are two"
+)->pd.DataFrame: # task, method, seed, round, labels (count), right (%), found (%)
+    "Size, precision and recall of the pseudo-labelled set in every round (right labels among all images); the mean of both models where there are two"
     rows = []
     for r in runs:
         sets = {}
         for k, v in r["pseudo_labels"].items():
             if (m := re.fullmatch(r"(?:round(\d+)_)?selected_(size|precision)(?:_\d)?", k)) and v is not None: sets.setdefault(int(m[1] or 1), {}).setdefault(m[2], []).append(v)
-        rows += [dict(task=r["task"], method=r["method"], seed=r["seed"], round=i, labels=np.mean(s["size"]), right=np.mean(s.get("precision", np.nan))) for i, s in sorted(sets.items())]
-    return pd.DataFrame(rows, columns=["task", "method", "seed", "round", "labels", "right"])
+        rows += [dict(task=r["task"], method=r["method"], seed=r["seed"], round=i, labels=np.mean(s["size"]), right=np.mean(s.get("precision", np.nan)), found=np.mean(np.multiply(s["size"], s.get("precision", np.nan))) / r["n_train"]) for i, s in sorted(sets.items())]
+    return pd.DataFrame(rows, columns=["task", "method", "seed", "round", "labels", "right", "found"])
 
 def accepted_labels(
     runs:list, # records; those of methods whose models judge each other's labels count
@@ -216,14 +216,14 @@ def accepted_labels(
 
 def plot_label_rounds(
     runs:list, # records of one task
-    what:str="right", # "right" (%), or "labels" (count)
+    what:str="right", # "right" or "found" (%), or "labels" (count)
     title:str="", # above the picture
 ): # matplotlib Figure
-    "Precision or size of the pseudo-labelled sets over rounds"
+    "Precision, recall or size of the pseudo-labelled sets over rounds"
     table = label_rounds(runs)
     rounds = list(range(1, int(table["round"].max()) + 1)) if len(table) else [1]
     curves = {m: part.pivot(index="seed", columns="round", values=what).reindex(columns=rounds).to_numpy() for m, part in table.groupby("method", sort=False)}
-    return plot_curves(rounds, curves, "round", title, quantity={"right": "right pseudo-labels (%)", "labels": "pseudo-labels (count)"}[what])
+    return plot_curves(rounds, curves, "round", title, quantity={"right": "right pseudo-labels (%)", "found": "images with a right pseudo-label (%)", "labels": "pseudo-labels (count)"}[what])
 
 # %% ../nbs/12b_pages.ipynb #7ab1001f
 def overtaken_at(

@@ -376,8 +376,8 @@ def test_classes_that_look_underserved():
 # ---- report
 
 def test_report_is_one_file_that_asks_for_nothing(adapted):
-    answer = command("report", adapted.home / "model")
-    assert answer.exit_code == 0, answer.stderr
+    answer = command("report", adapted.home / "model", "--json")
+    assert answer.exit_code == 0 and json.loads(answer.stdout) == {"report": str(adapted.home / "model/report.html")}, answer.stderr
     page = BeautifulSoup((adapted.home / "model/report.html").read_text(encoding="utf-8"), "html.parser")
     assert not page.find_all(["script", "link", "iframe", "object"]) and not page.find_all(onerror=True)
     assert "default-src 'none'" in page.find("meta", attrs={"http-equiv": True})["content"]

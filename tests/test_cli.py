@@ -120,10 +120,10 @@ def test_reproduce_names_what_it_does_not_know(given, parts):
 
 def test_reproduce_makes_a_real_page(tmp_path):
     given = [f"--set={k}={v}" for k, v in dict(methods="zero-shot", tasks="glyphs-toy", seeds="[1]", device="cpu").items()]
-    answer = subprocess.run([COMMAND, "reproduce", "coft-1", *given, "--out-dir", tmp_path / "out", "--quiet"], cwd=tmp_path, capture_output=True, text=True)
+    answer = subprocess.run([COMMAND, "reproduce", "coft-1", *given, "--out-dir", tmp_path / "out", "--quiet", "--json"], cwd=tmp_path, capture_output=True, text=True)
     page = tmp_path / "out/pages/coft-1.ipynb"
     assert answer.returncode == 0, answer.stderr
-    assert answer.stdout == f"Written to {page}.\n"
+    assert json.loads(answer.stdout) == {"page": str(page)}
     cells = [c for c in nbformat.read(page, 4).cells if c.cell_type == "code"]
     assert all(c.execution_count for c in cells) and any("image/png" in o.get("data", {}) for c in cells for o in c.outputs)
     assert [(r["method"], r["task"], r["seed"]) for r in Records(tmp_path / "out").load()] == [("zero-shot", "glyphs-toy", 1)]
@@ -142,6 +142,7 @@ def test_reproduce_lists_every_table():
     answer = CliRunner().invoke(app, ["reproduce"])
     lines = dict(line.split(maxsplit=1) for line in answer.stdout.splitlines())
     assert list(lines) == TABLES and all(lines.values())
+    assert json.loads(CliRunner().invoke(app, ["reproduce", "--json"]).stdout) == lines
 
 
 @pytest.mark.parametrize("name", coft.__all__)

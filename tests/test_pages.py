@@ -220,7 +220,7 @@ def test_the_page_of_table_1_runs_and_tells_what_does_not(tmp_path):
     text = "\n".join(shown)
     assert "**ViT-B/16, unlabelled training images" in text and "tip-adapter" in text and "task eurosat" in text
     assert "transclip (transductive)" in text and "memory_gb" in text and "difference from coft" in text
-    assert "so no difference is taken" in text and "both models agree" in text and shown.count("PNG") == 1 + 2 + 3 + 1
+    assert "so no difference is taken" in text and "both models agree" in text and shown.count("PNG") == 1 + 3 + 3 + 1
     assert {r["method"] for r in Records(tmp_path / "out").load()} == {"zero-shot", "transclip", "top-k", "upl", "coft", "coft-phase1"}
 
 
