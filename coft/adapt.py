@@ -28,6 +28,7 @@ from .filtering import check_room
 from .images import SUFFIXES, Part, decode_all, make_task, plain_name, walk_images
 from .pages import rehearse
 from .plots import calibration
+from .processes import is_main, n_processes
 from .protocol import METHODS, Fitted, Method, get_method
 from .results import installed_versions, measured
 from .rivals import ZeroShot
@@ -147,6 +148,7 @@ def adapt(
         images = image_table(fitted, fallback or fitted, task, file_names(task, folder))
     told = summary(fitted, images, task) | dict(seed=seed, folder=os.path.abspath(folder), other_files=other_endings(folder), model=clip.name, pretrained=clip.pretrained, weights_sha256=clip.weights_sha256,
            data_sha256=task.data_sha256, class_names=task.class_names, templates=list(task.templates), settings=fitted.settings, facts=fitted.facts, versions=installed_versions(), **cost)
+    if not is_main(): return told
     shutil.rmtree(work/"result", ignore_errors=True)
     fitted.messages = [printable(m) for m in fitted.messages]
     save_fitted(work/"result", fitted, clip, task, seed, fallback)
@@ -296,6 +298,7 @@ def predict_folder(
 )->Predictions:
     "A row per image file: path, class, probability, the next classes, and the reason where there is none"
     folder, out = Path(folder), Path(out)
+    if n_processes() > 1: raise ValueError(f"predict was started as {n_processes()} processes, and all would write the same table. Start it without torchrun or accelerate launch.")
     if not folder.is_dir(): raise FileNotFoundError(f"{folder} is {'a file' if folder.exists() else 'not there'}; the folder of the images is needed.")
     fitted = answering(saved, fallback)
     if next(walk_images(folder), None) is None: raise FileNotFoundError(_no_image(folder))

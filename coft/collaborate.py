@@ -25,9 +25,10 @@ from .adapters import DEPTHS, LIGHT_MODULES, build_light_module
 from .clip import FrozenCLIP, load_clip, zero_shot_head
 from .contrast import ContrastView, MomentumContrast, Views, queue_length
 from .core import check_choice, check_flag, check_number, expect_error, sha256_of
-from .data import Task, batches, load_task
+from .data import Task, load_task
 from .filtering import Similarities, believed_labels, collapse_warning, filled_labels, filling_sentences, frozen_features, select_topk, selection_warnings, softmax_probabilities, warning_signs
 from .members import EncoderMember, LightMember
+from .processes import over_images
 from .prompts import L2_GRAD, DualPrompt, dual_prompt_losses, random_complement
 from .protocol import Fitted, Method, Run
 from .trainer import EncoderWithHead, Schedule, check_head, train
@@ -126,6 +127,8 @@ def first_labels(
 # %% ../nbs/07_collaborate.ipynb #946b3a4a
 class PromptedModel(nn.Module):
     "A frozen CLIP with a dual prompt and a light visual module: one model of Phase I"
+    shares_batches = True
+
     def __init__(self,
         clip:FrozenCLIP, # the frozen model
         class_names, # C names
@@ -187,8 +190,11 @@ def similarities(
 )->list: # one `Similarities` per model
     "s+ and s- of all images by every model in one pass over the images, test view"
     clip, prompts, towers = models[0].clip, [m.prompt() for m in models], [m.visual.for_prediction() for m in models]
-    seen = [[F.normalize(tower(x), dim=-1) for tower in towers] for _, pixels in batches(images, range(len(images)), 256, clip.image_size) for x in [clip.normalize(pixels)]]
-    return [Similarities(*((torch.cat(v) @ t.T).cpu().numpy() for t in prompt), clip.tau) for v, prompt in zip(zip(*seen), prompts)]
+    def seen(pixels):
+        x = clip.normalize(pixels)
+        return torch.stack([F.normalize(tower(x), dim=-1) for tower in towers], 1)
+    features = over_images(seen, images, clip.image_size)
+    return [Similarities(*((features[:, i].contiguous() @ t.T).cpu().numpy() for t in prompt), clip.tau) for i, prompt in enumerate(prompts)]
 
 # %% ../nbs/07_collaborate.ipynb #98315e6c
 AFTER_PHASE1 = ("template_set", "top_k", "fill_short", "judge", "strict_filter", "head_init", "head_input", "label_model", "label_pretrained", "rounds", "rank_by", "contrastive", "gamma", "momentum", "contrast_tau",

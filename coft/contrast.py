@@ -17,7 +17,7 @@ from torch import nn
 
 from .core import check_choice, check_number, expect_error, torch_generator
 from .data import Augmentation
-from .trainer import EncoderWithHead
+from .trainer import EncoderWithHead, part_of_batch, whole_batch
 
 # %% ../nbs/06b_contrast.ipynb #0df18169
 @dataclass(frozen=True)
@@ -146,6 +146,8 @@ def queue_length(
 # %% ../nbs/06b_contrast.ipynb #948da562
 class MomentumContrast(nn.Module):
     "Full fine-tuning on accepted labels plus momentum contrast on all images (CoFT+ Eqs. 8 to 10)"
+    shares_batches = shares_weights = skips_parameters = True # without an accepted image the head is not used
+
     def __init__(self,
         model:EncoderWithHead, # what is trained
         length:int, # Q, features in the queue
@@ -168,9 +170,15 @@ class MomentumContrast(nn.Module):
         with torch.no_grad(): k = F.normalize(self.slow(self.model.clip.normalize(pixels[:, 1])), dim=-1)
         contrast = info_nce(F.normalize(v, dim=-1), k, self.queue.clone(), self.tau)
         shown = self.model.features(pixels[:, 2]) if pixels.shape[1] > 2 else v
-        labelled = F.cross_entropy(self.model.classify(shown[accepted]), label[accepted]) if accepted.any() else contrast.new_zeros(())
-        self.push(k)
+        n = int(whole_batch(accepted.long()).sum())
+        labelled = self.labelled(shown[accepted], label[accepted], n) if n else contrast.new_zeros(())
+        self.push(whole_batch(k))
         return {"loss": labelled + self.gamma * contrast, "L_FFT": labelled, "L_cont": contrast}
+
+    def labelled(self, v, label, n): # scalar
+        "Mean cross-entropy of the `n` accepted images of the batch, of which this process may have a part"
+        if part_of_batch() == 1: return F.cross_entropy(self.model.classify(v), label)
+        return F.cross_entropy(self.model.classify(v), label, reduction="sum") / (n * part_of_batch())
 
     @torch.no_grad()
     def push(self, k):

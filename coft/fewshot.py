@@ -60,6 +60,8 @@ class CoOpSettings:
 
 class LearnedContext(nn.Module):
     "Learnable vectors in front of every class name, and the frozen model around them"
+    shares_batches = True
+
     def __init__(self,
         clip:FrozenCLIP, # the model
         class_names, # C names

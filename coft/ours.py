@@ -85,6 +85,8 @@ class CoFTXSettings(CoFTSettings):
 
 class RunnerUpModel(PromptedModel):
     "A model of Phase I whose complement labels come from the runners-up"
+    shares_batches = True
+
     def complement(self, label, s_pos, u):
         "As `runner_up_complement`, or at random"
         if self.settings.complement == "random": return super().complement(label, s_pos, u)

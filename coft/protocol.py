@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from .clip import FrozenCLIP
-from .core import check_choice, check_number, expect_error
+from .core import check_choice, check_number, expect_error, sha256_of
 from .data import Task
+from .trainer import curves_of
 
 # %% ../nbs/06a_protocol.ipynb #55174c76
 PRESETS = Path(__file__).parent/"presets" if "__file__" in globals() else Path("../coft/presets")
@@ -116,7 +117,9 @@ class Method:
     )->Fitted:
         "Adapt; a label-free method gets the task without its labels"
         settings, seed = self.settings_for(clip.preset), int(check_number("seed", seed, low=0, integer=True))
-        fitted = self._fit(Run(clip, task if self.supervised else task.blind(), seed, settings, progress, *(Path(f) if f is not None else None for f in (folder, phases))))
+        digest = sha256_of(clip.model_sha256, json.dumps(asdict(settings), sort_keys=True))[:6]
+        with curves_of(f"{task.name}-{self.name}-seed{seed}-{digest}"):
+            fitted = self._fit(Run(clip, task if self.supervised else task.blind(), seed, settings, progress, *(Path(f) if f is not None else None for f in (folder, phases))))
         set_aside = [f"{len(task.quarantine)} files could not be read and are not among the images; the first is {task.quarantine[0][0]} ({task.quarantine[0][1]})."] if task.quarantine else []
         for f in (fitted, *fitted.stages.values()): f.settings, f.messages = asdict(settings), set_aside + f.messages
         return fitted

@@ -72,6 +72,8 @@ class FeatureImages:
 
 class PseudoPrompt(LearnedContext):
     "CoOp's learnable context; an image comes as pixels or as its features"
+    shares_batches = True
+
     def logits(self, pixels): # [n, C]
         "Class scores of pixels [n, 3, h, w] or unit features [n, d]"
         v = pixels if pixels.ndim == 2 else self.clip.image_features(pixels)

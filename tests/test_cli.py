@@ -77,7 +77,7 @@ def test_import_takes_less_than_a_second():
     assert seconds < 1
 
 
-@pytest.mark.parametrize("command", [[], ["adapt"], ["predict"], ["evaluate"], ["report"], ["reproduce"], ["doctor"], ["serve"]])
+@pytest.mark.parametrize("command", [[], ["adapt"], ["predict"], ["evaluate"], ["report"], ["reproduce"], ["sweep"], ["doctor"], ["serve"]])
 def test_help_takes_less_than_half_a_second(command):
     spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     before = spent()

@@ -1,11 +1,16 @@
-"The loop and the head that every method shares."
+"The loop and the head that every method shares, and where training curves go."
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from coft.clip import FrozenCLIP, load_clip
 from coft.collaborate import CoFT
-from coft.data import ArrayImages, batches
-from coft.trainer import EncoderWithHead, Schedule, train
+from coft.data import TASKS, ArrayImages, batches
+from coft.experiment import Parameters, run_variant
+from coft.protocol import get_method
+from coft.trainer import EncoderWithHead, Schedule, tracking, train
+from helpers import message_of
 
 
 def test_a_random_head_is_that_of_torchs_linear_layer(clip):
@@ -57,3 +62,67 @@ def test_models_of_one_weights_file_differ_by_architecture_and_pixels(clip):
     other = lambda **change: FrozenCLIP(clip.model, clip.tokenizer, **dict(name=clip.name, pretrained=clip.pretrained, weights_sha256=clip.weights_sha256, mean=clip.mean.flatten().tolist(), std=clip.std.flatten().tolist()) | change)
     assert other().model_sha256 == clip.model_sha256
     assert len({clip.model_sha256, other(name="embedded-quickgelu").model_sha256, other(mean=(0.4, 0.5, 0.6)).model_sha256, other(std=(0.3, 0.3, 0.3)).model_sha256}) == 4
+
+
+# Training curves
+
+def scalars_in(folder):
+    "Tag -> [(step, value)] of a run of TensorBoard"
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_curves_reach_tensorboard_and_change_nothing(clip, task, quick, quick_run, tmp_path):
+    with tracking("tensorboard", tmp_path):
+        fitted = CoFT(**quick).fit(clip, task, seed=0, progress=False)
+    assert np.array_equal(fitted.predict_proba(task.test), quick_run.fitted.predict_proba(task.test))
+    run, = tmp_path.iterdir()
+    assert run.name.startswith("toy-coft-seed0-")
+    found, histories = scalars_in(run), fitted.trace["histories"]
+    assert {tag.rpartition("/")[0] for tag in found} == set(histories) == {f"Phase {p}, model {g}" for p in ("I", "II") for g in (1, 2)}
+    for title, history in histories.items():
+        assert found[f"{title}/loss"] == [(i, pytest.approx(h["loss"], rel=1e-6)) for i, h in enumerate(history, 1)]
+    assert "Phase I, model 1/L2" in found
+
+
+def test_every_tracker_gets_a_run_for_each_fit(clip, task, monkeypatch, tmp_path):
+    from accelerate import tracking as theirs
+    told = []
+
+    class Pretended:
+        def __init__(self, **place): told.append(place)
+        def start(self): told.append("start")
+        def log(self, values, step=None): told.append((step, *(k for k in values if not k.endswith("images_per_second"))))
+        def finish(self): told.append("finish")
+
+    monkeypatch.setattr("coft.trainer.find_spec", lambda name: name)
+    for name in ("wandb", "mlflow"):
+        monkeypatch.setitem(theirs.LOGGER_TYPE_TO_CLASS, name, Pretended)
+        with tracking(name, tmp_path / name):
+            get_method("top-k", preset="paper", top_k=4, epochs=2).fit(clip, task, progress=False)
+            get_method("zero-shot").fit(clip, task, progress=False)
+    (project, start, first, second, finish), (experiment, *rest) = told[:5], told[5:]
+    assert project["run_name"] == experiment["experiment_name"] == "coft" and project["name"] == experiment["run_name"] and project["name"].startswith("toy-top-k-seed0-")
+    assert first == second == (None, "top-K self-training/loss", "top-K self-training/epoch") and (start, finish) == ("start", "finish")
+    assert rest == ["start", (1, "top-K self-training/loss"), (2, "top-K self-training/loss"), "finish"]
+
+
+def test_a_job_says_where_its_curves_go(task, monkeypatch, tmp_path):
+    monkeypatch.setitem(TASKS, "toy", lambda: task)
+    p = Parameters(tasks="toy", methods="top-k", out_dir=str(tmp_path), device="cpu", trackers="tensorboard")
+    settings = dict(preset="paper", top_k=4, epochs=1)
+    record, = run_variant("top-k", settings, p, "toy", 0)
+    run, = (tmp_path / "curves").iterdir()
+    assert list(scalars_in(run)) and "trackers" not in str(record)
+    again, = run_variant("top-k", settings, replace(p, trackers=None), "toy", 0)
+    assert again == record, "curves are no part of what a run is"
+
+
+def test_a_tracker_that_cannot_be_is_refused(monkeypatch, tmp_path):
+    assert "Did you mean 'tensorboard'" in message_of(Parameters, trackers="tensorbord")
+    monkeypatch.setattr("coft.trainer.find_spec", lambda name: None)
+    for name in ("tensorboard", "wandb"):
+        with pytest.raises(ValueError, match=f"trackers: '{name}' was given, but its package is not installed. pip install {name}"), tracking(name, tmp_path):
+            pass
