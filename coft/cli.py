@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXIT_CODES', 'SOME_ASIDE', 'app', 'SET', 'QUIET', 'JSON', 'DEVICE', 'FOLDER', 'Check', 'check_versions',
            'check_device', 'check_precision', 'check_weights', 'check_cache', 'check_data', 'check_data_sets',
-           'check_folder', 'main', 'doctor', 'adapt', 'predict', 'evaluate', 'report', 'reproduce', 'serve']
+           'check_folder', 'main', 'doctor', 'adapt', 'predict', 'evaluate', 'report', 'reproduce', 'sweep', 'serve']
 
 # %% ../nbs/13_cli.ipynb #06b75232
 import json, os, sys, warnings
@@ -193,17 +193,22 @@ def adapt(
     device:str=DEVICE,
     estimate:bool=typer.Option(True, help="time a few steps first and say how long it will take"),
     only_estimate:bool=typer.Option(False, "--only-estimate", help="stop after that"),
+    trackers:str=typer.Option(None, help="where training curves go: tensorboard, wandb or mlflow; nowhere by default"),
+    logging_dir:Path=typer.Option(None, help="folder of the curves; OUT.curves by default"),
     overwrite:bool=typer.Option(False, help="replace an adaptation that is there"),
     quiet:bool=QUIET,
     as_json:bool=JSON,
 ):
     "Adapt a model to a folder of images, without labels."
-    say = lambda text: typer.echo(text, err=as_json)
+    say = lambda text: typer.echo(text, err=as_json) if is_main() else None
     with _messages("adapt", f"The same command goes on where it was; its state stands in {out}.unfinished."):
         import coft.adapt as room
         from coft.clip import load_clip
         from coft.data import read_class_names, read_templates
+        from coft.processes import is_main, join_processes
+        from coft.trainer import tracking
         room.check_out(out, overwrite)
+        join_processes()
         names, texts = read_class_names(classes), read_templates(templates) if templates else ()
         clip = load_clip(model, pretrained, device)
         task = room.folder_task(images, names, clip, texts, mirror)
@@ -214,11 +219,11 @@ def adapt(
             cost = room.foresee(how, clip, task)
             say(f"{len(task.unlabelled)} images, {len(names)} classes: about {room.duration(cost['hours'] * 3600)} and {cost['memory_gb']:.1f} GiB of memory, from a few timed steps.")
             if only_estimate:
-                if as_json: _print_json(cost | dict(images=len(task.unlabelled), set_aside=task.quarantine))
+                if as_json and is_main(): _print_json(cost | dict(images=len(task.unlabelled), set_aside=task.quarantine))
                 return
-        told = room.adapt(how, clip, task, out, images, seed, not quiet, overwrite)
-    if as_json: _print_json(told)
-    else: say(f"{room.summary_text(told)}\n\nWritten to {out}. Next: coft report {out}, or coft predict {out} {images} --out predictions.csv")
+        with tracking(trackers, logging_dir or f"{out}.curves"): told = room.adapt(how, clip, task, out, images, seed, not quiet, overwrite)
+    if as_json and is_main(): _print_json(told)
+    elif not as_json: say(f"{room.summary_text(told)}\n\nWritten to {out}. Next: coft report {out}, or coft predict {out} {images} --out predictions.csv")
 
 # %% ../nbs/13_cli.ipynb #c1100007
 FOLDER = typer.Argument(..., metavar="DIR", help="folder that coft adapt has written")
@@ -283,6 +288,7 @@ def reproduce(
     "Run the page of a table: runs that are missing are made, finished ones are found again."
     with _messages("reproduce", "Finished runs are kept, and the same command goes on behind them."):
         from coft.experiment import TABLES, check_page_parameters, page_source, run_page
+        from coft.processes import is_main
         if table is None:
             about = {name: _summary_of(page_source(name)) for name in TABLES}
             if as_json: _print_json(about)
@@ -293,14 +299,40 @@ def reproduce(
         from papermill import PapermillExecutionError
         try: page = run_page(table, given | dict(out_dir=out_dir), out_dir, not quiet)
         except PapermillExecutionError as e: raise RuntimeError(f"the page stopped. {e.ename}: {e.evalue} What it shows up to there is in {Path(out_dir)/'pages'/table}.ipynb.") from e
-    if as_json: _print_json({"page": page})
-    else: typer.echo(f"Written to {page}.")
+    if as_json and is_main(): _print_json({"page": page})
+    elif is_main(): typer.echo(f"Written to {page}.")
 
 # %% ../nbs/13_cli.ipynb #c1100011
 def _summary_of(page):
     cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
     lines = "".join(s for c in cells if c["cell_type"] == "markdown" for s in [*c["source"], "\n"]).splitlines()
     return next((l[2:] for l in lines if l.startswith("> ")), "")
+
+# %% ../nbs/13_cli.ipynb #c1100022
+@app.command(epilog=EXIT_CODES)
+def sweep(
+    table:str=typer.Argument(..., help="name of a table, as coft reproduce lists them"),
+    tasks:str=typer.Option(..., help="tasks, with commas between them"),
+    seeds:str=typer.Option("0", help="seeds, with commas between them"),
+    setting:list[str]=typer.Option([], "--set", metavar="NAME=VALUE", help="a parameter of the page, as profile=paper"),
+    jobs:int=typer.Option(1, min=1, help="jobs that run at once"),
+    executor:str=typer.Option("local", help="where: local, slurm, or debug for one after the other in this process"),
+    threads:int=typer.Option(None, min=1, help="threads of each job; by default the cores are divided"),
+    gpus:int=typer.Option(None, min=0, help="GPUs of each job; by default one here if there are some, none on a cluster"),
+    hours:float=typer.Option(24, help="until a job is stopped"),
+    option:list[str]=typer.Option([], "--option", metavar="NAME=VALUE", help="a parameter of submitit's Slurm executor, as partition=gpu"),
+    out_dir:str=typer.Option("results", help="folder of runs and pages; a relative one starts at the project's root"),
+    dry_run:bool=typer.Option(False, "--dry-run", help="only say what would be made"),
+):
+    "Run the page of a table as one job per task and seed, then once more from their records."
+    with _messages("sweep", "Its jobs are stopped, finished runs are kept, and the same command goes on behind them."):
+        import coft.sweeps as room
+        plan = room.sweep_jobs(table, tasks.split(","), [int(s) if s.isdigit() else s for s in seeds.split(",")], _settings(setting), out_dir)
+        if dry_run:
+            for j in plan: typer.echo(f"{'finished' if j.finished else 'to make '}  {j}")
+            return
+        page = room.sweep(plan, executor, jobs, threads, gpus, hours, _settings(option), lambda line, **_: typer.echo(line))
+    typer.echo(f"Written to {page}.")
 
 # %% ../nbs/13_cli.ipynb #f630fe09
 @app.command()
