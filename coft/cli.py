@@ -299,8 +299,9 @@ def reproduce(
         from papermill import PapermillExecutionError
         try: page = run_page(table, given | dict(out_dir=out_dir), out_dir, not quiet)
         except PapermillExecutionError as e: raise RuntimeError(f"the page stopped. {e.ename}: {e.evalue} What it shows up to there is in {Path(out_dir)/'pages'/table}.ipynb.") from e
-    if as_json and is_main(): _print_json({"page": page})
-    elif is_main(): typer.echo(f"Written to {page}.")
+    if not is_main(): return
+    if as_json: _print_json({"page": page})
+    else: typer.echo(f"Written to {page}.")
 
 # %% ../nbs/13_cli.ipynb #c1100011
 def _summary_of(page):
