@@ -106,7 +106,7 @@ class StrongView:
 
     def __call__(self, pixels, u, size): # float [n, 3, size, size] in [0, 1]
         "One random view per image; arguments as of `ContrastView`"
-        own, drawn, square = torch.as_tensor(u, dtype=torch.float32).split([self.like.n_numbers, 2 * self.operations, 3], 1)
+        own, drawn, square = torch.as_tensor(u, dtype=torch.float32).to(pixels.device).split([self.like.n_numbers, 2 * self.operations, 3], 1)
         x = self.like(pixels, own, size)
         for choice, level in drawn.reshape(len(x), self.operations, 2).permute(1, 2, 0):
             which = (choice * len(OPERATIONS)).long().clamp(max=len(OPERATIONS) - 1)
@@ -329,7 +329,7 @@ class NoiseView:
 
     def __call__(self, features, u, size): # [n, d]
         "One noisy copy per sentence"
-        return features + self.std * torch.special.ndtri(torch.as_tensor(u).clamp(min=2.0 ** -54)).float()
+        return features + self.std * torch.special.ndtri(torch.as_tensor(u, device=features.device).clamp(min=2.0 ** -54)).float()
 
 # %% ../nbs/08f_consistency.ipynb #c63332ff
 class TextClassifier(nn.Module):
@@ -414,11 +414,11 @@ class Blurred:
 
     def __call__(self, pixels, u, size): # float [n, 3, size, size] in [0, 1]
         "One random view per image; arguments as of `ContrastView`"
-        u = torch.as_tensor(u, dtype=torch.float32)
+        u = torch.as_tensor(u, dtype=torch.float32).to(pixels.device)
         x, width = self.view(pixels, u[:, :-1], size), (self.low + (self.high - self.low) * u[:, -1:]) * size / 224
         reach = math.ceil(3 * self.high * size / 224)
-        taps = torch.exp(-torch.arange(-reach, reach + 1) ** 2 / (2 * width ** 2))
-        taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, 0)[:, None].to(x.device)
+        taps = torch.exp(-torch.arange(-reach, reach + 1, device=u.device) ** 2 / (2 * width ** 2))
+        taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, 0)[:, None]
         flat = F.pad(x.flatten(0, 1)[None], [reach] * 4, mode="replicate")
         return F.conv2d(F.conv2d(flat, taps[..., None], groups=len(taps)), taps[:, :, None], groups=len(taps))[0].unflatten(0, (len(x), 3))
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KEEP_BYTES', 'N_AUGMENT', 'MOST_WORKERS', 'NO_FLIP', 'CHARACTER_TEMPLATE', 'CHARACTER_TEMPLATES',
            'CHARACTER_LLM_TEMPLATES', 'CHARACTERS_DESCRIBED', 'DESCRIBED', 'STORED', 'HARD', 'SHIFTS', 'PROFILE_TASKS',
-           'EMBEDDED_TASKS', 'TASKS', 'ArrayImages', 'clip_geometry', 'resize_and_crop', 'squeeze', 'Augmentation',
-           'augment', 'workers_for', 'ahead', 'batches', 'Audit', 'Task', 'SomeImages', 'sample_task',
+           'EMBEDDED_TASKS', 'TASKS', 'ArrayImages', 'clip_geometry', 'resize_and_crop', 'squeeze', 'SomeImages',
+           'Augmentation', 'augment', 'workers_for', 'ahead', 'batches', 'Audit', 'Task', 'sample_task',
            'read_class_names', 'read_templates', 'digits_task', 'glyphs_task', 'glyphs_dev_task', 'glyphs_report_task',
            'glyphs_toy_task', 'shift_images', 'shifted_task', 'shifted_digits_task', 'register_task', 'load_task']
 
@@ -90,6 +90,25 @@ def squeeze(
     "The whole image as a square (bicubic, antialiased)"
     return resize_and_crop(x, size) if x.shape[-2] == x.shape[-1] or not len(x) else _resize(x, size, size)
 
+
+# %% ../nbs/02_data.ipynb #5c0de105
+class SomeImages:
+    "A part of an image set, in the order of `rows`"
+    def __init__(self,
+        images, # an image set
+        rows, # which of its images [n]
+    ):
+        self.images, self.rows = images, np.asarray(rows, dtype=np.int64)
+
+    def __len__(self): return len(self.rows)
+
+    def digest(self)->str:
+        "SHA-256 of the whole set and the choice"
+        return sha256_of(self.images.digest(), self.rows)
+
+    def batch(self, index, size:int, whole:bool=False)->torch.Tensor: # uint8 [n, 3, size, size]
+        "As of `ArrayImages`"
+        return self.images.batch(self.rows[np.asarray(index, dtype=np.int64)], size, whole)
 
 # %% ../nbs/02_data.ipynb #709f7e62
 @dataclass(frozen=True)
@@ -297,24 +316,6 @@ class Task:
         return sha256_of(self.unlabelled.digest(), self.test.digest(), *labels, json.dumps([self.class_names, self.template, self.templates, self.llm_templates]), repr(self.augmentation))
 
 # %% ../nbs/02_data.ipynb #5c0de103
-class SomeImages:
-    "A part of an image set, in the order of `rows`"
-    def __init__(self,
-        images, # an image set
-        rows, # which of its images [n]
-    ):
-        self.images, self.rows = images, np.asarray(rows, dtype=np.int64)
-
-    def __len__(self): return len(self.rows)
-
-    def digest(self)->str:
-        "SHA-256 of the whole set and the choice"
-        return sha256_of(self.images.digest(), self.rows)
-
-    def batch(self, index, size:int, whole:bool=False)->torch.Tensor: # uint8 [n, 3, size, size]
-        "As of `ArrayImages`"
-        return self.images.batch(self.rows[np.asarray(index, dtype=np.int64)], size, whole)
-
 def sample_task(
     task:Task, # any task
     n_train:int|None=None, # unlabelled images to keep, all by default

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from .clip import FrozenCLIP
 from .core import check_choice, check_number, expect_error, replace_file, sha256_of, torch_generator, uniforms
-from .data import batches, workers_for
+from .data import batches
 from .processes import is_main, join_processes, n_processes, over_images, put_together
 
 # %% ../nbs/06_trainer.ipynb #be423be2
@@ -179,7 +179,7 @@ def train(
     left = max_steps or steps * schedule.epochs
     for epoch in range(len(history), min(schedule.epochs, math.ceil(left / steps))):
         begin, totals, seen = time.perf_counter(), {}, 0
-        for place, pixels in islice(batches(images, index, schedule.batch_size, size, (seed, phase, epoch), augmentation, partial(_mine, n=among), workers=workers_for(accelerator.device)), left - epoch * steps):
+        for place, pixels in islice(batches(images, index, schedule.batch_size, size, (seed, phase, epoch), augmentation, partial(_mine, n=among), device=accelerator.device), left - epoch * steps):
             u = torch.from_numpy(uniforms(seed, phase, epoch, "loss", index=index[place], size=1)[:, 0])
             batch = {"pixels": pixels, "u": u, **{k: v[place] for k, v in columns.items()}}
             size_here = min(schedule.batch_size, len(index) - seen)
