@@ -302,6 +302,8 @@ def test_a_record_whose_arrays_are_gone_is_run_again(records):
     (dict(progress=1), ["progress: 1", "true or false"]),
     (dict(unlabelled=0), ["unlabelled: 0 was given"]),
     (dict(unlabelled="all"), ["unlabelled: 'all' was given"]),
+    (dict(trackers="abacus"), ["trackers", "'abacus'", "tensorboard, wandb, mlflow"]),
+    (dict(logging_dir=3), ["logging_dir: 3", "path"]),
 ], ids=str)
 def test_wrong_types_and_values_of_parameters(tmp_path, monkeypatch, given, parts):
     monkeypatch.setattr("coft.experiment.find_or_run", lambda *args: pytest.fail(f"a run was started with {given}"))

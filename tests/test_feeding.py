@@ -142,9 +142,13 @@ def test_a_pass_may_be_left_early(tmp_path):
 
 def test_ctrl_c_ends_a_pass(tmp_path):
     stop = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        stop.start()
-        list(batches(FileImages(Written(tmp_path, 0.3)), range(11), 2, 16, workers=2))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler) # jobs in the background of a shell ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            stop.start()
+            list(batches(FileImages(Written(tmp_path, 0.3)), range(11), 2, 16, workers=2))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_training_and_the_global_numbers_are_the_same(tmp_path, monkeypatch):
