@@ -1252,7 +1252,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'coft.sweeps': { 'coft.sweeps.Job': ('sweeps.html#job', 'coft/sweeps.py'),
                              'coft.sweeps.Job.__str__': ('sweeps.html#job.__str__', 'coft/sweeps.py'),
                              'coft.sweeps.Job.finished': ('sweeps.html#job.finished', 'coft/sweeps.py'),
-                             'coft.sweeps._environment': ('sweeps.html#_environment', 'coft/sweeps.py'),
                              'coft.sweeps._error': ('sweeps.html#_error', 'coft/sweeps.py'),
                              'coft.sweeps._gpus_here': ('sweeps.html#_gpus_here', 'coft/sweeps.py'),
                              'coft.sweeps._over': ('sweeps.html#_over', 'coft/sweeps.py'),

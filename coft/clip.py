@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_MODELS', 'PHOTO_MODEL', 'EMBEDDED', 'BYTE_PIECES', 'MERGES', 'LONG_TEXTS', 'KEPT', 'PART_EFFORT',
-           'GPU_EFFORT', 'PROFILE_MODELS', 'CompactTokenizer', 'kept_pieces', 'open_vocabulary', 'tokenize', 'Compute',
-           'parts_by_length', 'text_bytes', 'in_parts', 'FrozenCLIP', 'load_clip', 'takes_pixel_statistics',
-           'check_device', 'weights_digest', 'check_shapes', 'fill_module', 'build_embedded', 'zero_shot_head',
-           'PromptEncoder']
+           'GPU_EFFORT', 'PROFILE_MODELS', 'MOST_HEADS', 'CompactTokenizer', 'kept_pieces', 'open_vocabulary',
+           'tokenize', 'Compute', 'parts_by_length', 'text_bytes', 'in_parts', 'FrozenCLIP', 'load_clip',
+           'takes_pixel_statistics', 'check_device', 'weights_digest', 'check_shapes', 'fill_module', 'build_embedded',
+           'zero_shot_head', 'PromptEncoder']
 
 # %% ../nbs/01_clip.ipynb #891a37cc
 import json, logging, os, re, warnings, zipfile
@@ -524,7 +524,7 @@ def _load_photo_model(pretrained, device, mean, std):
 
 
 # %% ../nbs/01_clip.ipynb #112879c8
-_HEADS = WeakKeyDictionary() # model -> texts -> (changes of the model's weights, head)
+_HEADS, MOST_HEADS = WeakKeyDictionary(), 16 # model -> texts -> (changes of the model's weights, head), the latest so many
 
 def zero_shot_head(
     clip:FrozenCLIP, # the model
@@ -539,6 +539,8 @@ def zero_shot_head(
     known, key = _HEADS.setdefault(clip, {}), (by_class, *sizes, sha256_of(tokens.numpy()))
     if key not in known or known[key][0] != clip.changes:
         features = clip.token_features(tokens).split(sizes)
+        known.pop(key, None)
+        if len(known) >= MOST_HEADS: known.pop(next(iter(known)))
         known[key] = clip.changes, F.normalize(torch.stack([f.mean(0) for f in features]) if by_class else torch.stack(features).mean(0), dim=-1)
     return known[key][1].clone()
 

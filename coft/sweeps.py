@@ -7,7 +7,6 @@ __all__ = ['EXECUTORS', 'Job', 'sweep_jobs', 'run_job', 'sweep_executor', 'sweep
 
 # %% ../nbs/12h_sweeps.ipynb #12e00004
 import os, time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,19 +57,10 @@ def run_job(
 ):
     "Run the page of a job"
     import papermill
+    from accelerate.utils import patch_environment
     place = {k: str(threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")} | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))})
-    with _environment(place), replace_file(job.page) as unfinished:
+    with patch_environment(**place), replace_file(job.page) as unfinished:
         papermill.execute_notebook(str(job.source), str(unfinished), job.given, kernel_name="python3", progress_bar=False, cwd=os.getcwd())
-
-# %% ../nbs/12h_sweeps.ipynb #12e00015
-@contextmanager
-def _environment(more):
-    before = dict(os.environ)
-    os.environ.update(more)
-    try: yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 # %% ../nbs/12h_sweeps.ipynb #12e0000e
 EXECUTORS = ("local", "slurm", "debug")

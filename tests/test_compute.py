@@ -2,7 +2,7 @@
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, islice, permutations
 
 import coft.filtering
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from coft.adapters import LIGHT_MODULES, build_light_module
 from coft.blackbox import BlackBoxVLM, Pictures
-from coft.clip import Compute, FrozenCLIP, PromptEncoder, in_parts, parts_by_length, text_bytes, tokenize, weights_digest, zero_shot_head
+from coft.clip import MOST_HEADS, Compute, FrozenCLIP, PromptEncoder, in_parts, parts_by_length, text_bytes, tokenize, weights_digest, zero_shot_head
 from coft.collaborate import CoFTSettings, PromptedModel, first_labels, similarities
 from coft.data import ArrayImages
 from coft.filtering import frozen_features
@@ -259,6 +259,13 @@ def test_what_was_computed_once_does_not_outlive_the_weights(exact, task, monkey
     assert len(encoded) == 2 and torch.equal(heads[0], heads[2]) and not torch.equal(heads[0], heads[1])
     heads[0].zero_()
     assert zero_shot_head(exact, task.class_names, task.template).any(), "what a caller does to its head stays with it"
+    for names in islice(permutations(task.class_names), 1, MOST_HEADS + 1):
+        zero_shot_head(exact, names, "the {}.")
+    before = len(encoded)
+    zero_shot_head(exact, names, "the {}.")
+    assert len(encoded) == before, "the latest head is kept"
+    zero_shot_head(exact, task.class_names, "the {}.")
+    assert len(encoded) == before + 1, "and the oldest are not"
     images = Floats(torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(0), dtype=torch.double))
     features = frozen_features(exact, images)
     with torch.no_grad():
