@@ -331,6 +331,7 @@ class CoFT(Method):
             views = similarities(models, run.task.unlabelled)
             messages += [w for g, v in enumerate(views) for w in collapse_warning(v.labels, names, f"model {g + 1} of Phase I" + (f", round {r}" if r > 1 else ""))]
             if r == s.rounds: break
+            trace |= {f"round{r}_{k}_{g + 1}": d[i] for g, d in enumerate(self.validate(views, s)) for i, k in enumerate(("labels", "accepted"))}
             chosen = [_add_given(self.select, v.ranking(s.rank_by), s, given) for v in views]
             trace |= {f"round{r + 1}_selected_{k}_{g + 1}": c[i] for g, c in enumerate(chosen) for i, k in enumerate(("index", "labels"))}
         index, labels = (c[~np.isin(chosen_first[0], given[0])] for c in chosen_first)

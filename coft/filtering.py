@@ -144,7 +144,7 @@ def label_quality(
 
 # %% ../nbs/05_filtering.ipynb #5d1165e4
 def selection_report(
-    trace:dict, # of a fitted method: `zero_shot`, `selected_*`, `labels_g`, `accepted_g`, as far as it has them
+    trace:dict, # of a fitted method: `zero_shot`, `selected_*`, `labels_g`, `accepted_g`, the last two of earlier rounds with `roundN_` before the name; as far as it has them
     truth:np.ndarray|None, # [N] true labels of the unlabelled images, -1 for none of the classes; None where nobody knows them
 )->dict: # name -> percent, or a count; empty where the truth is not known
     "Quality of every set of pseudo-labels of a run, from the hidden labels (methods 3.5); images whose label was given do not count"
@@ -159,14 +159,15 @@ def selection_report(
     strange = truth < 0
     if strange.any() and "selected_index" in trace: out |= {"strangers": share(strange), "selected_strangers": share(strange[trace["selected_index"]])}
     judged = np.setdiff1d(np.arange(len(truth)), given)
-    for g in ("1", "2"):
-        if f"accepted_{g}" not in trace: continue
-        labels, kept, confidence = (a[judged] for a in (trace[f"labels_{g}"], trace[f"accepted_{g}"], trace[f"phase1_probabilities_{g}"].max(1)))
+    for k in sorted(k for k in trace if k.endswith(("accepted_1", "accepted_2"))):
+        front, _, g = k.partition("accepted_")
+        labels, kept = trace[f"{front}labels_{g}"][judged], trace[k][judged]
         right = labels == truth[judged]
-        out |= {f"label_precision_{g}": share(right), f"accepted_share_{g}": share(kept), f"accepted_precision_{g}": share(right[kept]),
-                f"accepted_recall_{g}": share(kept[right]), f"accepted_unconfident_{g}": share(confidence[kept] < 0.5)}
+        out |= {f"{front}label_precision_{g}": share(right), f"{front}accepted_share_{g}": share(kept), f"{front}accepted_precision_{g}": share(right[kept]), f"{front}accepted_recall_{g}": share(kept[right])}
+        if g == "2": out[f"{front}agreement"] = share(trace[f"{front}labels_1"][judged] == labels)
+        if front: continue
+        out[f"accepted_unconfident_{g}"] = share(trace[f"phase1_probabilities_{g}"].max(1)[judged][kept] < 0.5)
         if strange.any(): out |= {f"accepted_strangers_{g}": share(kept[strange[judged]]), f"accepted_others_{g}": share(kept[~strange[judged]])}
-    if "labels_2" in trace: out["agreement"] = share((trace["labels_1"] == trace["labels_2"])[judged])
     return out
 
 # %% ../nbs/05_filtering.ipynb #7147c95f

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from coft.clip import load_clip
-from coft.collaborate import (PEER_SEED, ROUND_SEED, CoFT, CoFTPlus, CoFTPlusSemi, CoFTPlusSettings, CoFTSemi,
+from coft.collaborate import (PEER_SEED, ROUND_SEED, CoFT, CoFTPlus, CoFTPlusSemi, CoFTPlusSettings, CoFTSemi, cross_validate,
                               PromptedModel, contrast_views, first_labels, phase2, templates_of)
 from coft.contrast import ContrastView, MomentumContrast, Views, follow, info_nce, queue_length
 from coft.core import uniforms
 from coft.data import Augmentation
 from coft.filtering import select_topk, selection_report
+from coft.pages import label_rounds
 from coft.protocol import Run, get_method
 from coft.trainer import EncoderWithHead
 from helpers import QUICK, QUICK_PLUS, remember_models, same_tensors
@@ -95,6 +96,19 @@ def test_check_09_a_round_takes_its_own_models_most_confident(clip, task, plus_r
         index, labels = select_topk(view.probabilities, 4)
         assert (shown[f"Phase I, model {g}, round 2"][0] == index).all()
         assert (shown[f"Phase I, model {g}, round 2"][1]["label"] == labels).all()
+
+
+def test_what_the_models_make_of_each_others_labels_is_kept_for_every_round(task, plus_run):
+    fitted, models, _, _ = plus_run
+    views = [models[f"Phase I, model {g}"].similarities(task.unlabelled) for g in (1, 2)]
+    report = selection_report(fitted.trace, task.audit.train)
+    for g, (labels, accepted, _) in enumerate(cross_validate(views), 1):
+        assert (fitted.trace[f"round1_labels_{g}"] == labels).all() and (fitted.trace[f"round1_accepted_{g}"] == accepted).all()
+        right = labels == task.audit.train
+        assert report[f"round1_accepted_precision_{g}"] == round(100 * right[accepted].mean(), 2) and report[f"round1_accepted_recall_{g}"] == round(100 * accepted[right].mean(), 2)
+    assert report["round1_agreement"] == round(100 * (views[0].labels == views[1].labels).mean(), 2) and "round2_agreement" not in report
+    rounds = label_rounds([dict(task="digits", method="coft+", seed=0, n_train=len(task.unlabelled), pseudo_labels=report)])
+    assert rounds.agreement.tolist() == [report["round1_agreement"], report["agreement"]]
 
 
 def test_check_09_ranking_by_p_clean_is_another_ranking(clip, task, plus_run):
