@@ -358,7 +358,7 @@ def prediction(clip, n_classes, n_images, repetitions, batch=64):
             clock("whole")
             return {"whole": n_images / clock.parts["whole"]}
         return run
-    ways = {"ours": rate(lambda: predict(encoder.logits, images, clip.image_size, batch)), "image tower alone": rate(bare)}
+    ways = {"ours": rate(lambda: predict(encoder.logits, images, clip.image_size, batch, clip.device)), "image tower alone": rate(bare)}
     return rows_of(alternating(ways, repetitions), "prediction", "images/s", backbone=clip.name, classes=n_classes, images=n_images)
 
 

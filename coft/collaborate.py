@@ -193,7 +193,7 @@ def similarities(
     def seen(pixels):
         x = clip.normalize(pixels)
         return torch.stack([F.normalize(tower(x), dim=-1) for tower in towers], 1)
-    features = over_images(seen, images, clip.image_size)
+    features = over_images(seen, images, clip.image_size, device=clip.device)
     return [Similarities(*((features[:, i].contiguous() @ t.T).cpu().numpy() for t in prompt), clip.tau) for i, prompt in enumerate(prompts)]
 
 # %% ../nbs/07_collaborate.ipynb #98315e6c

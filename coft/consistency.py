@@ -510,7 +510,7 @@ class LaFTer(Method):
         P, _ = first_labels(clip, task)
         classifier, text_history, n_sentences = text_classifier(run)
         model = Learner(clip, classifier.head.weight.detach(), task.unlabelled, s, run.seed)
-        named = lambda scores: predict(scores, task.unlabelled, clip.image_size).argmax(1)
+        named = lambda scores: predict(scores, task.unlabelled, clip.image_size, device=clip.device).argmax(1)
         first = named(lambda pixels: clip.image_features(pixels) @ model.teacher.T)
         history = train(model, task.unlabelled, everything, {"index": everything}, s.schedule(), clip.image_size, learner_view(task, s), run.seed, "lafter", run.progress, "LaFTer", folder=run.folder, content=run.content())
         last, names = named(model.logits), task.class_names

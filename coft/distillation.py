@@ -127,7 +127,7 @@ class PromptKD(Method):
         teacher = labelling_run(run).clip
         head = task_head(teacher, task, s.template_set)
         student = Student(clip, teacher, head, s, run.seed)
-        P = predict(lambda pixels: teacher.image_features(pixels) @ head.T / teacher.tau, task.unlabelled, teacher.image_size)
+        P = predict(lambda pixels: teacher.image_features(pixels) @ head.T / teacher.tau, task.unlabelled, teacher.image_size, device=teacher.device)
         everything = np.arange(len(P))
         history = train(student, task.unlabelled, everything, {}, s.schedule(), clip.image_size, few_shot_views(s.views, task.augmentation, area=0.08), run.seed, "promptkd", run.progress, "PromptKD", folder=run.folder, content=run.content())
         answer = StudentMember(student)

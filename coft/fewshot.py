@@ -127,7 +127,7 @@ def cache_keys(
     "One key per labelled image: the mean feature of its views"
     total = torch.zeros(len(index), clip.embed_dim, device=clip.device)
     for epoch in range(n_views):
-        for place, pixels in batches(images, index, 256, clip.image_size, (seed, "Tip-Adapter cache", epoch), views):
+        for place, pixels in batches(images, index, 256, clip.image_size, (seed, "Tip-Adapter cache", epoch), views, device=clip.device):
             total[torch.from_numpy(place)] += raw_features(clip, pixels)
     return F.normalize(total, dim=-1)
 
@@ -349,7 +349,7 @@ class LinearProbe(Method):
         clip, task, s = run.clip, run.task, run.settings
         index, labels = (np.asarray(a) for a in task.labelled(s.shots, run.seed))
         if len(np.unique(labels)) < 2: raise ValueError(f"linear-probe: the labelled images of task {task.name!r} show {len(np.unique(labels))} class; at least two are needed.")
-        features = torch.cat([raw_features(clip, pixels).cpu() for _, pixels in batches(task.unlabelled, index, 256, clip.image_size)]).numpy()
+        features = torch.cat([raw_features(clip, pixels).cpu() for _, pixels in batches(task.unlabelled, index, 256, clip.image_size, device=clip.device)]).numpy()
         C, facts, messages, tried = self._choose(s, features, index, labels, run.seed)
         probe = fit_logistic(features, labels, C, s.max_iter)
         if probe.n_iter_.max() >= s.max_iter: messages.append(f"L-BFGS stopped after {s.max_iter} iterations, before it had converged (C = {C:.3g}).")

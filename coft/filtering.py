@@ -39,7 +39,7 @@ def frozen_features(
     "v(x) of all images by the frozen tower, test view"
     known, key = _FEATURES.setdefault(clip, {}), id(images)
     if key in known and known[key][0]() is images and known[key][1] == clip.changes: return known[key][2]
-    features = over_images(clip.image_features, images, clip.image_size)
+    features = over_images(clip.image_features, images, clip.image_size, device=clip.device)
     if features.nbytes <= KEEP_FEATURES:
         with suppress(TypeError): known[key] = ref(images, lambda _: known.pop(key, None)), clip.changes, features # an object that takes no weak reference is not kept
     return features

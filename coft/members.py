@@ -43,7 +43,7 @@ class Member:
         images, # an image set
     )->np.ndarray: # float32 [n, C]
         "Probabilities of all images, test view"
-        return predict(self.logits, images, self.clip.image_size)
+        return predict(self.logits, images, self.clip.image_size, device=self.clip.device)
 
     def tensors(self)->dict: # name -> tensor
         "What is stored of it as numbers"
@@ -131,7 +131,7 @@ class LightMember(Member):
     def __call__(self, images):
         "Probabilities of all images, test view; LoRA is folded into a copy of the tower first"
         tower = self.module.for_prediction()
-        return predict(lambda pixels: self._scores(tower, pixels), images, self.clip.image_size)
+        return predict(lambda pixels: self._scores(tower, pixels), images, self.clip.image_size, device=self.clip.device)
 
     def _scores(self, tower, pixels): return F.normalize(tower(self.clip.normalize(pixels)), dim=-1) @ self.head.T / self.clip.tau
 

@@ -237,7 +237,7 @@ class LowLossLabels(SelectedLabels):
     @torch.no_grad()
     def choose(self):
         "Which labels count from now on"
-        P = predict(self.model.logits, self.run.task.unlabelled, self.run.clip.image_size)[self.index]
+        P = predict(self.model.logits, self.run.task.unlabelled, self.run.clip.image_size, device=self.run.clip.device)[self.index]
         losses = -np.log(np.maximum(P[np.arange(len(P)), self.labels], 1e-12))
         kept = clean_by_loss(losses, self.run.settings.threshold, stream_key(self.run.seed, "mixture", int(self.step)) % 2**32)
         self.selected[torch.from_numpy(self.index)] = torch.from_numpy(kept).to(self.selected.device)

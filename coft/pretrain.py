@@ -222,7 +222,7 @@ def zero_shot_accuracy(
 )->float: # percent, two decimals
     "Accuracy of the task's single template on its test split, without any adaptation"
     head = zero_shot_head(clip, task.class_names, task.template)
-    P = predict(lambda pixels: clip.image_features(pixels) @ head.T / clip.tau, task.test, clip.image_size)
+    P = predict(lambda pixels: clip.image_features(pixels) @ head.T / clip.tau, task.test, clip.image_size, device=clip.device)
     return round(100 * float((P.argmax(1) == task.audit.test).mean()), 2)
 
 def write_card(

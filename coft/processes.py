@@ -63,10 +63,11 @@ def over_images(
     images, # an image set
     size:int, # side of the images in pixels
     batch_size:int=256, # images at a time
+    device=None, # where the function wants its pixels, as of `batches`; None for the CPU
 )->torch.Tensor: # [n, ...]
     "What a function says of all images, test view; several processes take turns with the batches"
     rows = np.split(np.arange(len(images)), range(batch_size, len(images), batch_size))
-    made = lambda index: torch.cat([function(pixels) for _, pixels in batches(images, index, batch_size, size)])
+    made = lambda index: torch.cat([function(pixels) for _, pixels in batches(images, index, batch_size, size, device=device)])
     if (n := n_processes()) == 1 or len(rows) < n: return made(range(len(images)))
     join_processes()
     index = [np.concatenate(rows[r::n]) for r in range(n)]

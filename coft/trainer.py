@@ -401,6 +401,7 @@ def predict(
     images, # an image set
     size:int, # side of the images in pixels
     batch_size:int=256, # images at a time
+    device=None, # where `logits` wants its pixels, as of `batches`; None for the CPU
 )->np.ndarray: # [n, C] float32
     "Softmax probabilities of all images, test view"
-    return over_images(lambda pixels: logits(pixels).float().softmax(-1).cpu(), images, size, batch_size).numpy()
+    return over_images(lambda pixels: logits(pixels).float().softmax(-1).cpu(), images, size, batch_size, device).numpy()

@@ -8,10 +8,14 @@ import time
 import numpy as np
 import pytest
 import torch
+from coft.collaborate import CoFTSettings, PromptedModel, similarities
 from coft.core import generator, uniforms
-from coft.data import MOST_WORKERS, ArrayImages, Augmentation, SomeImages, ahead, augment, batches, workers_for
+from coft.data import MOST_WORKERS, ArrayImages, Augmentation, SomeImages, ahead, augment, batches, load_task, sample_task, workers_for
+from coft.fewshot import cache_keys
+from coft.filtering import frozen_features
 from coft.images import FileImages
-from coft.trainer import Schedule, train
+from coft.members import EncoderMember
+from coft.trainer import EncoderWithHead, Schedule, train
 from helpers import message_of
 from PIL import Image
 from torch import nn
@@ -220,3 +224,25 @@ def test_items_are_made_ahead_and_never_too_many():
             seen.append(i)
     assert seen == list(range(1, 8)) and closed == [True]
     assert list(ahead(i for i in range(5))) == [0, 1, 2, 3, 4] and list(ahead(i for i in ())) == []
+
+
+def asks_of_all_images(clip, task):
+    "Everything that looks at all images of a set without a gradient, by name."
+    phase1, encoder = PromptedModel(clip, task.class_names, CoFTSettings(n_context=2, n_visual=2), 0), EncoderWithHead(clip, len(task.class_names))
+    light = phase1.member()
+    return {"frozen features": lambda images: frozen_features(clip, images), "similarities": lambda images: similarities([phase1], images), "a light member": light,
+            "an encoder": EncoderMember(encoder), "cache keys": lambda images: cache_keys(clip, images, range(4), VIEWS, 1)}
+
+
+@pytest.mark.parametrize("what", ["frozen features", "similarities", "a light member", "an encoder", "cache keys"])
+def test_what_is_asked_of_all_images_says_where_it_wants_them(clip, monkeypatch, what):
+    "So that for a GPU they are made ahead, in pinned memory, while it computes."
+    task, wanted = sample_task(load_task("glyphs-toy"), 8, 8), []
+    def spied(*args, **named):
+        wanted.append(named.get("device"))
+        return batches(*args, **named)
+    for module in ("processes", "fewshot"):
+        monkeypatch.setattr(f"coft.{module}.batches", spied)
+    ask = asks_of_all_images(clip, task)[what]
+    ask(task.unlabelled)
+    assert wanted == [clip.device]
