@@ -46,7 +46,8 @@ def check_device()->Check:
 def check_precision()->Check:
     "In which precision models train here"
     import torch
-    if not torch.cuda.is_available(): return Check("precision", True, "fp32 (bf16 is used on GPUs that have it)")
+    from coft.clip import has_bf16
+    if not torch.cuda.is_available(): return Check("precision", True, f"fp32 ({'this processor has bf16 too: --compute precision=bf16 takes it' if has_bf16('cpu') else 'bf16 is used on GPUs that have it'})")
     return Check("precision", True, "bf16 beside fp32 weights" if torch.cuda.is_bf16_supported() else "fp32; this GPU has no bf16, and fp16 is not used, since it makes losses NaN")
 
 def check_weights()->Check:
@@ -140,12 +141,12 @@ def _fail(command, message, code):
     typer.echo(f"coft {command}: " + "\n".join(map(printable, text.splitlines())), err=True)
     raise typer.Exit(code)
 
-def _settings(given):
+def _settings(given, option="--set", example="top_k=8"):
     "NAME=VALUE, the value as JSON where it is some"
     settings = {}
     for pair in given:
         name, equals, value = pair.partition("=")
-        if not equals: raise ValueError(f"--set: {pair!r} was given; NAME=VALUE is needed, as in --set top_k=8.")
+        if not equals: raise ValueError(f"{option}: {pair!r} was given; NAME=VALUE is needed, as in {option} {example}.")
         try: settings[name] = json.loads(value)
         except ValueError: settings[name] = value
     return settings
@@ -193,6 +194,7 @@ def adapt(
     device:str=DEVICE,
     estimate:bool=typer.Option(True, help="time a few steps first and say how long it will take"),
     only_estimate:bool=typer.Option(False, "--only-estimate", help="stop after that"),
+    how_computed:list[str]=typer.Option([], "--compute", metavar="NAME=VALUE", help="how the model is computed: text_memory, image_checkpoints, channels_last, compiled, precision; as often as needed"),
     trackers:str=typer.Option(None, help="where training curves go: tensorboard, wandb or mlflow; nowhere by default"),
     logging_dir:Path=typer.Option(None, help="folder of the curves; OUT.curves by default"),
     overwrite:bool=typer.Option(False, help="replace an adaptation that is there"),
@@ -203,7 +205,7 @@ def adapt(
     say = lambda text: typer.echo(text, err=as_json) if is_main() else None
     with _messages("adapt", f"The same command goes on where it was; its state stands in {out}.unfinished."):
         import coft.adapt as room
-        from coft.clip import load_clip
+        from coft.clip import compute_from, load_clip
         from coft.data import read_class_names, read_templates
         from coft.processes import is_main, join_processes
         from coft.trainer import tracking
@@ -211,6 +213,7 @@ def adapt(
         join_processes()
         names, texts = read_class_names(classes), read_templates(templates) if templates else ()
         clip = load_clip(model, pretrained, device)
+        clip.compute = compute_from(_settings(how_computed, "--compute", "precision=bf16"))
         task = room.folder_task(images, names, clip, texts, mirror)
         how = room.label_free_method(method, clip, task, preset, **_settings(setting))
         state = room.unfinished(out)

@@ -79,7 +79,7 @@ class Run:
     )->dict: # names to plain values; empty where no state is kept
         "What a kept state of this run depends on, beside images, labels and schedule of its phase"
         if self.folder is None and self.phases is None: return {}
-        return {k: v for k, v in asdict(self.settings).items() if k not in ignore} | dict(model=self.clip.model_sha256, data=self.task.data_sha256, device=self.clip.device.type)
+        return {k: v for k, v in asdict(self.settings).items() if k not in ignore} | dict(model=self.clip.model_sha256, data=self.task.data_sha256, device=self.clip.device.type) | ({} if self.clip.compute.precision == "auto" else dict(precision=self.clip.compute.precision))
 
 class Method:
     "Base of all methods; subclasses set `name`, `Settings` and `_fit`"

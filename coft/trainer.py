@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from .clip import FrozenCLIP
+from .clip import FrozenCLIP, has_bf16
 from .core import check_choice, check_number, expect_error, replace_file, sha256_of, torch_generator, uniforms
 from .data import batches
 from .processes import is_main, join_processes, n_processes, over_images, put_together
@@ -128,7 +128,7 @@ class PhaseState:
         "Continue from the saved state; `ValueError` if it belongs to another run"
         if self.path is None or not self.path.exists(): return []
         state = torch.load(self.path, map_location=next(module.parameters()).device, weights_only=True)
-        other = [f"{k} was {state['content'].get(k)!r} and is {v!r}" for k, v in self.content.items() if state["content"].get(k) != v]
+        other = [f"{k} was {state['content'].get(k)!r} and is {v!r}" for k, v in (dict.fromkeys(state["content"]) | self.content).items() if state["content"].get(k) != v]
         if other: raise ValueError(f"{self.path.name} in {str(self.path.parent)!r} belongs to another run: {'; '.join(other)}. Give another folder, or delete this file to start the phase again.")
         for part, key in ((module, "module"), (optimizer, "optimizer"), (rate, "rate")): part.load_state_dict(state[key])
         torch.set_rng_state(state["random"].cpu())
@@ -165,7 +165,7 @@ def train(
     if not len(index): raise ValueError(f"{title}: there is no image to train on.")
     columns = {k: torch.as_tensor(np.asarray(v)) for k, v in columns.items()}
     parameters = [p for p in module.parameters() if p.requires_grad]
-    accelerator = _accelerator(parameters[0].device, among == 1 or getattr(module, "skips_parameters", False))
+    accelerator = _accelerator(parameters[0].device, _asked_precision(module), among == 1 or getattr(module, "skips_parameters", False))
     steps = math.ceil(len(index) / schedule.batch_size)
     optimizer, rate = schedule.build(parameters, steps * schedule.epochs)
     labels = sha256_of(index, *(part for k, v in sorted(columns.items()) for part in (k, v.numpy())))
@@ -204,11 +204,15 @@ def train(
     return history
 
 # %% ../nbs/06_trainer.ipynb #f89b4495
-def _accelerator(device, skips):
+def _asked_precision(module):
+    "What the CLIP inside the module is to be trained in; `auto` where there is none"
+    return next((m.clip.compute.precision for m in module.modules() if isinstance(getattr(m, "clip", None), FrozenCLIP)), "auto")
+
+def _accelerator(device, asked, skips):
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     from accelerate.utils import patch_environment
-    precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
+    precision = "bf16" if asked == "bf16" or (asked == "auto" and device.type == "cuda" and has_bf16(device)) else "no"
     known = AcceleratorState._shared_state
     if known and (known["_mixed_precision"], known["device"].type) != (precision, device.type): AcceleratorState._reset_state(reset_partial_state=True)
     alike = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=skips) # buffers are equal in all processes anyway

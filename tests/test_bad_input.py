@@ -304,6 +304,12 @@ def test_a_record_whose_arrays_are_gone_is_run_again(records):
     (dict(unlabelled="all"), ["unlabelled: 'all' was given"]),
     (dict(trackers="abacus"), ["trackers", "'abacus'", "tensorboard, wandb, mlflow"]),
     (dict(logging_dir=3), ["logging_dir: 3", "path"]),
+    (dict(compute="bf16"), ["compute: 'bf16'", "mapping"]),
+    (dict(compute={"checkpoints": True}), ["setting of compute: 'checkpoints'", "image_checkpoints"]),
+    (dict(compute={"precision": "fp16"}), ["precision: 'fp16'", "auto, fp32, bf16"]),
+    (dict(compute={"image_checkpoints": "yes"}), ["image_checkpoints: 'yes'", "true or false"]),
+    (dict(grid="long", tables="coft-2"), ["grid: 'long'", "short, full"]),
+    (dict(grid="full"), ["grid: 'full'", "overview", "coft-2, coft-3, coft-fig2, harder-folders"]),
 ], ids=str)
 def test_wrong_types_and_values_of_parameters(tmp_path, monkeypatch, given, parts):
     monkeypatch.setattr("coft.experiment.find_or_run", lambda *args: pytest.fail(f"a run was started with {given}"))

@@ -1,4 +1,5 @@
 "What is computed in another way says the same: each shortcut against the slow path that it replaces, in double precision, and what it saves by counting."
+import warnings
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -12,14 +13,16 @@ import torch
 import torch.nn.functional as F
 from coft.adapters import LIGHT_MODULES, build_light_module
 from coft.blackbox import BlackBoxVLM, Pictures
-from coft.clip import MOST_HEADS, Compute, FrozenCLIP, PromptEncoder, in_parts, parts_by_length, text_bytes, tokenize, weights_digest, zero_shot_head
-from coft.collaborate import CoFTSettings, PromptedModel, first_labels, similarities
+from coft.clip import MOST_HEADS, Compute, FrozenCLIP, PromptEncoder, has_bf16, in_parts, parts_by_length, text_bytes, tokenize, weights_digest, zero_shot_head
+from coft.collaborate import CoFTPlusSettings, CoFTSettings, PromptedModel, contrast_views, first_labels, similarities
+from coft.contrast import MomentumContrast
 from coft.data import ArrayImages
 from coft.filtering import frozen_features
 from coft.members import LightMember
 from coft.ours import CoFTXSettings, RunnerUpModel
 from coft.prompts import L2_GRAD
 from coft.protocol import Run
+from coft.trainer import EncoderWithHead, Schedule, train
 from helpers import message_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -353,7 +356,7 @@ def test_a_resnet_in_another_layout(clip):
         resnet.compute = Compute(image_checkpoints=True)
 
 
-@pytest.mark.parametrize("wrong, message", [(dict(text_memory=0), "text_memory"), (dict(image_checkpoints=1), "image_checkpoints"), (dict(compiled="inducter"), "Did you mean 'inductor'")])
+@pytest.mark.parametrize("wrong, message", [(dict(text_memory=0), "text_memory"), (dict(image_checkpoints=1), "image_checkpoints"), (dict(compiled="inducter"), "Did you mean 'inductor'"), (dict(precision="fp16"), "Allowed: auto, fp32, bf16")])
 def test_wrong_ways_are_named(wrong, message):
     assert message in message_of(Compute, **wrong)
 
@@ -388,6 +391,49 @@ def test_nothing_of_it_enters_what_a_state_depends_on(exact, task, tmp_path):
         exact.compute = how
         content.append((exact.model_sha256, Run(exact, task, 0, CoFTSettings(), folder=tmp_path).content()))
     assert content[0] == content[1]
+    exact.compute = Compute(precision="fp32")
+    assert Run(exact, task, 0, CoFTSettings(), folder=tmp_path).content() == content[0][1] | dict(precision="fp32"), "what was asked for is a run of its own"
+
+
+def trained_in(clip, task, kind, **how):
+    "The types in which the layers of a step came out."
+    clip.compute, seen = Compute(**how), set()
+    model = {"Phase I": lambda: PromptedModel(clip, task.class_names, CoFTSettings(n_context=2, n_visual=2), 0), "Phase II": lambda: EncoderWithHead(clip, len(task.class_names)),
+             "contrast": lambda: MomentumContrast(EncoderWithHead(clip, len(task.class_names)), 8, 0.1, 0.9, 0.1, 0)}[kind]()
+    hook = lambda module, given, out: seen.add(out.dtype)
+    for m in (*model.modules(), *clip.model.modules()):
+        if isinstance(m, torch.nn.Linear):
+            m.register_forward_hook(hook)
+    columns = {"label": np.arange(8) % 4} | ({"accepted": np.ones(8, bool)} if kind == "contrast" else {})
+    views = contrast_views(task, CoFTPlusSettings()) if kind == "contrast" else task.augmentation
+    train(model, task.unlabelled, range(8), columns, Schedule(epochs=1, batch_size=8), clip.image_size, views, 0, "phase", progress=False)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    return set(seen)
+
+
+@pytest.mark.filterwarnings("ignore:precision")
+@pytest.mark.parametrize("kind", ["Phase I", "Phase II", "contrast"])
+def test_a_cpu_trains_in_bf16_where_it_is_asked_for_alone(clip, task, kind, monkeypatch):
+    mine = FrozenCLIP(deepcopy(clip.model), clip.tokenizer, clip.name, clip.pretrained, clip.weights_sha256, preset=clip.preset)
+    monkeypatch.setattr("coft.trainer.has_bf16", lambda device: True)
+    assert torch.bfloat16 in trained_in(mine, task, kind, precision="bf16")
+    assert trained_in(mine, task, kind) == trained_in(mine, task, kind, precision="fp32") == {torch.float32}
+
+
+def test_a_cpu_that_is_slower_in_bf16_says_so(exact, monkeypatch):
+    for has in (True, False):
+        monkeypatch.setattr("coft.clip.has_bf16", lambda device, has=has: has)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            exact.compute = Compute(precision="bf16")
+        assert [str(t.message).startswith("precision: 'bf16' was given, and this cpu has no instructions") for t in told] == [True] * (not has)
+
+
+@pytest.mark.parametrize("found", ["avx512_bf16", "amx_tile", None])
+def test_what_torch_says_of_the_processor_is_believed(monkeypatch, found):
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name == found, raising=False)
+    assert has_bf16("cpu") == (found is not None) and not has_bf16("meta")
 
 
 def test_a_box_encodes_the_texts_of_a_question_once(clip, task, monkeypatch):

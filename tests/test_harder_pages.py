@@ -1,6 +1,6 @@
 "The pages of harder settings, run with few steps on four characters; and what they count."
 import ast
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import IPython.display
 import matplotlib.pyplot as plt
@@ -8,7 +8,7 @@ import nbformat
 import numpy as np
 import pytest
 from coft.data import TASKS
-from coft.experiment import Parameters
+from coft.experiment import TABLES, WITH_GRID, Parameters
 from coft.filtering import SIGNS, selection_report
 from coft.pages import NINE, accuracy_of_classes, beside_published, caught_strangers, foretelling, mislabelled, shown_with, signs_and_gains, with_relatives
 from coft.protocol import METHODS, get_method
@@ -95,6 +95,24 @@ def test_the_short_grid_is_the_default_and_the_paper_profile_is_whole(name, pape
     assert asked() == (["digits"], few) and asked(grid="full") == (["digits", "glyphs"], all_shots)
     assert asked(profile="paper") == (paper, all_shots) and asked(tasks="glyphs-toy", grid="full") == (["glyphs-toy"], all_shots)
     assert "grid: 'long' is not known" in message_of(asked, grid="long", tasks="digits")
+
+
+def parameters_of(path):
+    "The names in a page's cell of parameters, and all of its code."
+    cells = [c for c in nbformat.read(ROOT / "nbs" / path, 4).cells if c.cell_type == "code"]
+    given = next(c.source for c in cells if "parameters" in c.metadata.get("tags", []))
+    return {t.id for s in ast.parse(given).body if isinstance(s, ast.Assign) for t in s.targets}, "\n".join(c.source for c in cells)
+
+
+def test_the_pages_with_a_grid_are_those_that_the_main_job_names():
+    assert {n for n in TABLES if n != "overview" and "grid" in parameters_of(f"tables/{n}.ipynb")[0]} == set(WITH_GRID)
+    assert Parameters(tables=["overview", "coft-2"], grid="full").grid == "full"
+
+
+def test_the_main_job_has_every_parameter_and_hands_it_on():
+    names, code = parameters_of("experiments.ipynb")
+    handed = next(ast.literal_eval(n.generators[0].iter) for n in ast.walk(ast.parse(code)) if isinstance(n, ast.DictComp))
+    assert names == {f.name for f in fields(Parameters)} and names - set(handed) == {"tables", "progress"}
 
 
 def test_in_the_short_grid_filling_is_left_out_where_it_is_asked_about(run_page):

@@ -4,12 +4,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from coft.clip import FrozenCLIP, load_clip
+from coft.clip import Compute, FrozenCLIP, load_clip
 from coft.collaborate import CoFT
 from coft.data import TASKS, ArrayImages, batches
 from coft.experiment import Parameters, run_variant
 from coft.protocol import get_method
-from coft.trainer import EncoderWithHead, Schedule, tracking, train
+from coft.trainer import EncoderWithHead, PhaseState, Schedule, tracking, train
 from helpers import message_of
 
 
@@ -118,6 +118,25 @@ def test_a_job_says_where_its_curves_go(task, monkeypatch, tmp_path):
     assert list(scalars_in(run)) and "trackers" not in str(record)
     again, = run_variant("top-k", settings, replace(p, trackers=None), "toy", 0)
     assert again == record, "curves are no part of what a run is"
+
+
+@pytest.mark.filterwarnings("ignore:precision")
+def test_a_job_says_how_its_model_is_computed(task, monkeypatch, tmp_path):
+    monkeypatch.setitem(TASKS, "toy", lambda: task)
+    p = Parameters(tasks="toy", methods="top-k", out_dir=str(tmp_path), device="cpu", compute=dict(text_memory=0.5))
+    assert p.load_model().compute == Compute(text_memory=0.5) and replace(p, compute={}).load_model().compute == Compute()
+    settings = dict(preset="paper", top_k=4, epochs=1)
+    first, = run_variant("top-k", settings, p, "toy", 0)
+    again, = run_variant("top-k", settings, replace(p, compute={}), "toy", 0)
+    other, = run_variant("top-k", settings, replace(p, compute=dict(precision="bf16")), "toy", 0)
+    assert again == first and other["key"] != first["key"] and other["settings"] == first["settings"] and other["weights_sha256"] == first["weights_sha256"]
+
+
+def test_a_state_of_another_precision_is_refused(tmp_path):
+    layer = torch.nn.Linear(2, 2)
+    parts = layer, *Schedule().build(list(layer.parameters()), 3)
+    PhaseState(tmp_path, "phase", dict(seed=0, precision="bf16")).write(*parts, [])
+    assert "precision was 'bf16' and is None" in message_of(PhaseState(tmp_path, "phase", dict(seed=0)).restore, *parts)
 
 
 def test_a_tracker_that_cannot_be_is_refused(monkeypatch, tmp_path):
