@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from coft.blackbox import BlackBoxVLM, Pictures
-from coft.clip import PromptEncoder, zero_shot_head
+from coft.clip import PromptEncoder, load_clip, zero_shot_head
 from coft.collaborate import CoFTSettings, PromptedModel, cross_validate, first_labels
 from coft.core import generator
 from coft.craft import PromptGenerator, craft_settings, fitness
@@ -474,6 +474,114 @@ def floor(clip, what, n_classes, batch, repetitions, precision, n=4096):
     return rows_of(found, f"floor, {what}", **where) + rows_of(share, f"floor, {what}", "%", **where)
 
 
+def steps_of_one(clip, what, n_classes, batch, seed=0):
+    "One training step of one of the two models, data included, as a function without arguments."
+    case = Phase1(clip, n_classes, batch, seed=seed) if what == "Phase I step" else FullFineTuning(clip, n_classes, batch)
+    return case.step(case.ours)
+
+
+class Pair:
+    "Both models in processes of their own, which wait until they are asked for steps."
+
+    def __init__(self, what, backbone, pretrained, n_classes, batch, devices, threads):
+        cases = [dict(what=what, model=g, backbone=backbone, pretrained=pretrained, n_classes=n_classes, batch=batch, device=str(device), threads=threads) for g, device in enumerate(devices)]
+        self.processes = [subprocess.Popen([sys.executable, "-m", "benchmarks.pair", json.dumps(c)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for c in cases]
+        self.wait()
+
+    def wait(self):
+        for process in self.processes:
+            if process.stdout.readline() != "done\n":
+                self.end()
+                raise RuntimeError("a process of a pair of models ended before its steps were made; what it says stands above.")
+
+    def __call__(self, steps):
+        for process in self.processes:
+            process.stdin.write(f"{steps}\n")
+            process.stdin.flush()
+        self.wait()
+
+    def end(self):
+        for process in self.processes:
+            process.stdin.close()
+            process.kill()
+            process.wait()
+
+
+def two_models(what, backbone, pretrained, n_classes, batch, repetitions, device="cpu", steps=3):
+    """Rows of seconds for one step of both models: in one process in turn, in two processes at once that share the processor, and, with two GPUs, on one each.
+
+    On a CPU each of two processes has half of the threads.
+    """
+    clip, on_gpu = load_clip(backbone, pretrained, device), torch.device(device).type == "cuda"
+    alone = [steps_of_one(clip, what, n_classes, batch, seed) for seed in range(2)]
+    threads = None if on_gpu else max(1, torch.get_num_threads() // 2)
+    pairs = {"two processes": Pair(what, backbone, pretrained, n_classes, batch, [device] * 2, threads)}
+    if on_gpu and torch.cuda.device_count() > 1:
+        pairs["two devices"] = Pair(what, backbone, pretrained, n_classes, batch, ["cuda:0", "cuda:1"], None)
+
+    def in_turn(n):
+        for step in alone * n:
+            step()
+
+    def timed(call):
+        def run():
+            clock = Clock(clip.device)
+            call(steps)
+            clock("whole")
+            return {"whole": clock.parts["whole"] / steps}
+        return run
+    try:
+        found = alternating({"one process": timed(in_turn)} | {way: timed(pair) for way, pair in pairs.items()}, repetitions)
+    finally:
+        for pair in pairs.values():
+            pair.end()
+    return rows_of(found, f"two models, {what}", backbone=backbone, classes=n_classes, images=batch)
+
+
+def what_pays(rows):
+    "Of rows of `two_models`, by measure and backbone: the way with the lowest median, and how many times faster it is than one process by median and quartiles."
+    told = []
+    for (measure, backbone), part in pd.DataFrame(rows).groupby(["measure", "backbone"], sort=False):
+        best = part.groupby("way", sort=False).value.median().idxmin()
+        gain = pd.Series([r["value"] for r in ratios(part.to_dict("records"), measure, ("one process", "whole"), (best, "whole"))])
+        sure = best == "one process" or gain.quantile(0.25) > 1
+        told.append(dict(step=measure.removeprefix("two models, "), backbone=backbone, pays=best if sure else "one process", fastest=best, **{"times faster than one process": f"{gain.median():.3g} ({gain.quantile(0.25):.3g} to {gain.quantile(0.75):.3g})"}))
+    return pd.DataFrame(told)
+
+
+@contextmanager
+def reference_path():
+    "Inside this block prompts are encoded whole at the model's full length, and both prompts of all classes on every step, as the parity assertions have it."
+    kept = PromptEncoder.forward, PromptEncoder.each, PromptedModel.losses_apart
+    PromptEncoder.forward, PromptedModel.losses_apart = PromptEncoder.plain, PromptedModel.losses_together
+    PromptEncoder.each = lambda self, context: [lambda classes=None, one=one: self.plain(one[None], classes)[0] for one in context]
+    try:
+        yield
+    finally:
+        PromptEncoder.forward, PromptEncoder.each, PromptedModel.losses_apart = kept
+
+
+def agreement(clip, task, seeds, **settings):
+    "Rows of the accuracy of CoFT in percent, ours and by the reference path, a repetition for each seed."
+    def accuracy(seed):
+        return {"accuracy": 100 * float(np.mean([(p.argmax(1) == task.audit.test).mean() for p in get_method("coft", **settings).fit(clip, task, seed, progress=False).predict_all(task.test)]))}
+    found = []
+    for seed in seeds:
+        ours = accuracy(seed)
+        with reference_path():
+            found.append({"ours": ours, "reference": accuracy(seed)})
+    return rows_of(found, "accuracy", "%", backbone=clip.name, classes=len(task.class_names), images=len(task.unlabelled))
+
+
+def within_the_spread(rows):
+    "Rows of one number: how far the mean accuracies of `agreement` are apart, in standard deviations over the seeds; none with a single seed."
+    table = pd.DataFrame(rows).pivot_table(index="repetition", columns="way", values="value")
+    if len(table) < 2:
+        return []
+    spread, apart = float(table.reference.std()), abs(float((table.ours - table.reference).mean()))
+    return rows_of([{"ours, reference": {"apart": 0.0 if not apart else apart / spread if spread else float("inf")}}], "accuracy", "standard deviations", **{k: rows[0][k] for k in ("backbone", "classes", "images")})
+
+
 def pictures_in_files(n, side=(375, 500)):
     "JPEGs of smooth colours, as large as photographs usually are, in memory."
     rng, files = np.random.default_rng(0), []
@@ -518,3 +626,13 @@ def peak_memory(**case):
     told = json.loads(done.stdout.splitlines()[-1])
     where = dict(backbone=case["backbone"], classes=case["n_classes"], images=case["batch"])
     return rows_of([{case["way"]: {"step": told["step_mb"], "process": told["peak_mb"]}}], f"peak memory, {case['what']}", "MB", **where)
+
+
+def memory_per_class(rows):
+    "Rows of the memory of a step for every further class, ours over the plain way's, from the fewest to the most classes of both; none where it does not grow there."
+    table = pd.DataFrame(rows).query("part == 'step'").pivot_table(index="classes", columns="way", values="value").dropna()
+    if len(table) < 2 or table.plain.iloc[-1] <= table.plain.iloc[0]:
+        return []
+    grown = table.iloc[-1] - table.iloc[0]
+    where = {k: rows[0][k] for k in ("backbone", "images", "measure")}
+    return rows_of([{"ours / plain": {"per class": float(grown.ours / grown.plain)}}], unit="times", notes={"ours / plain": f"from {table.index[0]} to {table.index[-1]} classes"}, **where)

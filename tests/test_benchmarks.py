@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from coft.core import check_number
+from coft.data import load_task, sample_task
 from helpers import ROOT, message_of
 from torch import nn
 
@@ -109,7 +111,7 @@ def test_memory_is_measured_in_a_process_of_its_own(monkeypatch):
 def test_names_and_a_whole_run_on_files(clip):
     assert len(set(measure.class_names(clip, 180))) == 180
     assert "there are names of" in message_of(measure.class_names, clip, 10_000)
-    run, = measure.whole_run(clip, 8, 2, (20, 30), top_k=2, phase1_epochs=1, phase2_epochs=1, n_context=2, n_visual=2)
+    run, = measure.whole_run(clip, 8, 2, (20, 30), **FEW)
     assert run["value"] > 0 and run["unit"] == "min"
 
 
@@ -127,6 +129,52 @@ def test_bars_have_hatches_and_lines_have_markers(tmp_path):
     assert [t.get_text() for t in lines] == ["ours", "plain"]
 
 
+FEW = dict(top_k=2, phase1_epochs=1, phase2_epochs=1, n_context=2, n_visual=2)
+
+
+def PAIRS(what="Phase I step", times=(1.5, 2.0, 2.5), **where):
+    "Rows of two models: so many times faster with two processes, in turn of the repetitions."
+    return measure.rows_of([{"one process": {"whole": t}, "two processes": {"whole": 1.0}} for t in times], f"two models, {what}", backbone=where.pop("backbone", "b"), **where)
+
+
+def test_two_models_make_their_steps_in_turn_and_at_once():
+    rows = measure.two_models("Phase I step", "embedded", None, 3, 2, 2, steps=2)
+    assert {(r["way"], r["repetition"]) for r in rows} == {(w, r) for w in ("one process", "two processes") for r in (0, 1)}
+    assert all(r["value"] > 0 for r in rows)
+
+
+def test_a_process_of_a_pair_that_fails_is_told(capfd):
+    assert "ended before its steps were made" in message_of(measure.Pair, "Phase I step", "embeded", None, 3, 2, ["cpu"] * 2, 1, kind=RuntimeError)
+    assert "Did you mean 'embedded'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("times, pays, fastest", [((1.5, 2.0, 2.5), "two processes", "two processes"), ((0.5, 0.6, 0.4), "one process", "one process"), ((0.5, 1.2, 1.3), "one process", "two processes")])
+def test_a_way_pays_where_it_is_faster_again_and_again(times, pays, fastest):
+    row, = measure.what_pays(PAIRS(times=times)).to_dict("records")
+    assert (row["step"], row["backbone"], row["pays"], row["fastest"]) == ("Phase I step", "b", pays, fastest)
+    if fastest == "two processes":
+        assert row["times faster than one process"].startswith(f"{np.median(times):.3g} ({np.quantile(times, 0.25):.3g} to")
+
+
+def test_accuracies_by_the_reference_path(clip, monkeypatch):
+    calls, plain = [], measure.PromptEncoder.plain
+    monkeypatch.setattr(measure.PromptEncoder, "plain", lambda self, *args: calls.append(len(args)) or plain(self, *args))
+    before = measure.PromptEncoder.forward
+    rows = measure.agreement(clip, sample_task(load_task("glyphs-toy"), 24, 40), [0, 1], **FEW)
+    ours, reference = ([r["value"] for r in rows if r["way"] == w] for w in ("ours", "reference"))
+    assert calls and measure.PromptEncoder.forward is before, "the reference encodes whole prompts, and nothing stays changed"
+    assert np.allclose(ours, reference, atol=100 / 40) and len(ours) == 2
+    made = measure.rows_of([{"ours": {"accuracy": a}, "reference": {"accuracy": b}} for a, b in ((80.0, 79.0), (84.0, 83.0))], "accuracy", "%", backbone="b")
+    assert measure.within_the_spread(made)[0]["value"] == pytest.approx(1 / np.std([79, 83], ddof=1)) and measure.within_the_spread(made[:2]) == []
+
+
+def test_memory_of_a_further_class():
+    peaks = [{"ours": {"step": 10.0 + n, "process": 1.0}, "plain": {"step": 10.0 + 5 * n, "process": 1.0}} for n in (3, 13)]
+    rows = [r for n, p in zip((3, 13), peaks) for r in measure.rows_of([p], "peak memory, Phase I step", "MB", classes=n)]
+    made, = measure.memory_per_class(rows)
+    assert made["value"] == pytest.approx(0.2) and made["note"] == "from 3 to 13 classes" and measure.memory_per_class(rows[:4]) == []
+
+
 def run_page(**parameters):
     "The code of the page in this process, with these parameters; what it has defined."
     cells = json.loads((ROOT / "nbs/benchmarks.ipynb").read_text(encoding="utf-8"))["cells"]
@@ -142,14 +190,16 @@ def run_page(**parameters):
 def test_the_page_runs_and_keeps_its_table(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "peak_memory", lambda **case: measure.rows_of([{case["way"]: {"step": 2.0, "process": 3.0}}], f"peak memory, {case['what']}", "MB", backbone=case["backbone"], classes=case["n_classes"]))
     monkeypatch.setattr("benchmarks.measure.training.__defaults__", (2,))
+    monkeypatch.setattr(measure, "two_models", lambda what, backbone, pretrained, n_classes, *rest: PAIRS(what=what, backbone=backbone, classes=n_classes))
+    monkeypatch.setattr(measure, "agreement", partial(measure.agreement, **FEW))
     done = run_page(backbone="embedded", backbones=["embedded-l"], classes=[3, 6], contexts=[2], images=[200], batch=4, repetitions=2, plain_classes=3, craft_classes=3, craft_loop=1, predicted=4, fed=4,
-                    task="glyphs-toy", matrix=64, out_dir=str(tmp_path))
+                    task="glyphs-toy", seeds=[0, 1], matrix=64, out_dir=str(tmp_path))
     table, aims = pd.read_csv(tmp_path / "benchmarks.csv"), done["aims"]
-    assert {"Phase I step", "full fine-tuning step", "prediction", "feeding", "CraFT generation", "text tower", "selection", "training, both phases", "floor, Phase I step", "peak memory, Phase I step"} <= set(table.measure)
+    assert {"Phase I step", "full fine-tuning step", "prediction", "feeding", "CraFT generation", "text tower", "selection", "training, both phases", "floor, Phase I step", "peak memory, Phase I step", "two models, Phase I step", "two models, full fine-tuning step", "accuracy"} <= set(table.measure)
     assert (table.repetitions == 2)[table.measure == "Phase I step"].all() and table.machine.nunique() == 1
     assert set(table[(table.measure == "Phase I step") & (table.classes == 6) & (table.way == "plain")].note) == {"from 3 classes"}
     assert set(table[(table.measure == "Phase I step") & (table.backbone == "embedded-l")].classes) == {3}
-    assert (aims.measured != "not measured").tolist() == [False] * 6 + [False, True, True, False, False]
+    assert (aims.measured != "not measured").tolist() == [False] * 8 + [False, True, True, True, False, False]
     assert all(check_number("share", float(a.split()[0]), low=0) >= 0 for a in aims.measured if a != "not measured")
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"benchmarks-step.png", "benchmarks-growth.png"}
 
