@@ -18,6 +18,7 @@ from browser import check_sights, chromium
 from bs4 import BeautifulSoup
 from coft.awkward import AWKWARD_FILES, CLASS_FILES, make_awkward
 from coft.cli import app
+from coft.clip import Compute
 from coft.data import load_task, read_class_names, read_templates
 from coft.images import FileImages, task_from_arrays, walk_images
 from coft.report import write_report
@@ -407,3 +408,29 @@ def moved(adapted, tmp_path):
     told = json.loads((tmp_path / "model/adaptation.json").read_text())
     (tmp_path / "model/adaptation.json").write_text(json.dumps(told | {"folder": str(tmp_path / "gone")}))
     return tmp_path / "model"
+
+
+# ---- how the model is computed
+
+def three_images(folder, digits):
+    "The arguments of an adaptation to three images."
+    folder.mkdir()
+    for i in range(3):
+        digits[0][i].save(folder / f"{i}.png")
+    (folder.parent / "classes.txt").write_text("digit one\ndigit two")
+    return "adapt", folder, "-c", folder.parent / "classes.txt", "-o", folder.parent / "model"
+
+
+@pytest.mark.parametrize("given, parts", [("checkpoints=true", ["setting of compute: 'checkpoints'", "image_checkpoints"]), ("precision=fp16", ["precision: 'fp16'", "auto, fp32, bf16"]),
+                                          ("text_memory=0", ["text_memory: 0"]), ("bf16", ["--compute: 'bf16'", "--compute precision=bf16"])])
+def test_a_way_to_compute_that_cannot_be(tmp_path, digits, given, parts):
+    answer = command(*three_images(tmp_path / "images", digits), "--compute", given)
+    assert answer.exit_code == 2 and all(part in answer.stderr for part in parts), answer.stderr
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_model_is_computed_as_the_command_says(tmp_path, digits, monkeypatch):
+    asked = []
+    monkeypatch.setattr("coft.adapt.foresee", lambda method, clip, task: asked.append(clip.compute) or dict(hours=0.1, memory_gb=1.0))
+    answer = command(*three_images(tmp_path / "images", digits), "--compute", "image_checkpoints=true", "--compute", "text_memory=0.5", "--set", "top_k=1", "--only-estimate")
+    assert answer.exit_code == 0 and asked == [Compute(image_checkpoints=True, text_memory=0.5)], answer.output
