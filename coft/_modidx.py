@@ -100,6 +100,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'coft.blackbox.Box.__repr__': ('blackbox.html#box.__repr__', 'coft/blackbox.py'),
                                'coft.blackbox.Box._answer': ('blackbox.html#box._answer', 'coft/blackbox.py'),
                                'coft.blackbox.Box.affords': ('blackbox.html#box.affords', 'coft/blackbox.py'),
+                               'coft.blackbox.Box.compute': ('blackbox.html#box.compute', 'coft/blackbox.py'),
                                'coft.blackbox.Box.device': ('blackbox.html#box.device', 'coft/blackbox.py'),
                                'coft.blackbox.Box.embed_text': ('blackbox.html#box.embed_text', 'coft/blackbox.py'),
                                'coft.blackbox.Box.forget_answers': ('blackbox.html#box.forget_answers', 'coft/blackbox.py'),

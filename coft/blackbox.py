@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .clip import FrozenCLIP, PromptEncoder, tokenize
+from .clip import Compute, FrozenCLIP, PromptEncoder, tokenize
 from .core import check_class_names, check_number, expect_error, sha256_of
 
 # %% ../nbs/08_blackbox.ipynb #cc8d49ae
@@ -144,6 +144,8 @@ class Box:
     def image_size(self)->int: return self.info()["image_size"]
     @property
     def device(self): return torch.device("cpu")
+    @property
+    def compute(self)->Compute: return Compute() # how the model is computed is its owner's affair
 
     def __repr__(self):
         info = self.info()
