@@ -204,18 +204,18 @@ def adapt(
     "Adapt a model to a folder of images, without labels."
     say = lambda text: typer.echo(text, err=as_json) if is_main() else None
     with _messages("adapt", f"The same command goes on where it was; its state stands in {out}.unfinished."):
+        from coft.data import read_class_names, read_templates
+        names, texts, given = read_class_names(classes), read_templates(templates) if templates else (), _settings(setting)
         import coft.adapt as room
         from coft.clip import compute_from, load_clip
-        from coft.data import read_class_names, read_templates
         from coft.processes import is_main, join_processes
         from coft.trainer import tracking
         room.check_out(out, overwrite)
         join_processes()
-        names, texts = read_class_names(classes), read_templates(templates) if templates else ()
         clip = load_clip(model, pretrained, device)
         clip.compute = compute_from(_settings(how_computed, "--compute", "precision=bf16"))
         task = room.folder_task(images, names, clip, texts, mirror)
-        how = room.label_free_method(method, clip, task, preset, **_settings(setting))
+        how = room.label_free_method(method, clip, task, preset, **given)
         state = room.unfinished(out)
         if state.exists() and not only_estimate: say(f"Going on with what stands in {state}.")
         elif estimate or only_estimate:
