@@ -148,6 +148,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                           'coft.cli._print_json': ('cli.html#_print_json', 'coft/cli.py'),
                           'coft.cli._settings': ('cli.html#_settings', 'coft/cli.py'),
                           'coft.cli._summary_of': ('cli.html#_summary_of', 'coft/cli.py'),
+                          'coft.cli._typed': ('cli.html#_typed', 'coft/cli.py'),
                           'coft.cli.adapt': ('cli.html#adapt', 'coft/cli.py'),
                           'coft.cli.check_cache': ('cli.html#check_cache', 'coft/cli.py'),
                           'coft.cli.check_data': ('cli.html#check_data', 'coft/cli.py'),

@@ -93,7 +93,7 @@ def label_free_method(
     if method.transductive: raise ValueError(f"method: {name!r} answers for one image by looking at all others of the same call, so there is no model to keep. Others are {', '.join(label_free())}.")
     used = asdict(method.settings_for(clip.preset))
     if used.get("fill_short"): check_room(used["top_k"], len(task.class_names), len(task.unlabelled))
-    if used.get("template_set") == "llm" and not task.llm_templates: raise ValueError(f"template_set: {name!r} starts from several templates, and none were given. Give a file of templates, or set template_set to 'coop'.")
+    if used.get("template_set") == "llm" and not task.llm_templates: raise ValueError(f"template_set: {name!r} starts from several templates, and none were given. Give a file of templates (--templates FILE), or set template_set to 'coop' (--set template_set=coop).")
     return method
 
 def label_free()->list: # registered names
@@ -127,7 +127,7 @@ def check_out(
     if out.is_dir() and not any(out.iterdir()): return
     if out.exists() and not (overwrite and (out/"adaptation.json").is_file()):
         what = "a finished adaptation" if (out/"adaptation.json").is_file() else "something else"
-        raise FileExistsError(f"{out} holds {what} already. Give another folder{', or say that it may be replaced' if what[0] == 'a' else ''}.")
+        raise FileExistsError(f"{out} holds {what} already. Give another folder{', or say that it may be replaced (--overwrite)' if what[0] == 'a' else ''}.")
 
 def adapt(
     method:Method, # from `label_free_method`

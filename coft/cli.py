@@ -142,14 +142,19 @@ def _fail(command, message, code):
     raise typer.Exit(code)
 
 def _settings(given, option="--set", example="top_k=8"):
-    "NAME=VALUE, the value as JSON where it is some"
+    "NAME=VALUE, the value as JSON where it is some, or a word of Python as messages have it"
     settings = {}
     for pair in given:
         name, equals, value = pair.partition("=")
         if not equals: raise ValueError(f"{option}: {pair!r} was given; NAME=VALUE is needed, as in {option} {example}.")
         try: settings[name] = json.loads(value)
-        except ValueError: settings[name] = value
+        except ValueError: settings[name] = {"True": True, "False": False, "None": None}.get(value, value)
     return settings
+
+def _typed(path):
+    "As one would type it in a shell, spaces and all"
+    import shlex
+    return shlex.quote(str(path))
 
 def _print_json(content):
     "JSON that every reader takes: no NaN"
@@ -226,7 +231,7 @@ def adapt(
                 return
         with tracking(trackers, logging_dir or f"{out}.curves"): told = room.adapt(how, clip, task, out, images, seed, not quiet, overwrite)
     if as_json and is_main(): _print_json(told)
-    elif not as_json: say(f"{room.summary_text(told)}\n\nWritten to {out}. Next: coft report {out}, or coft predict {out} {images} --out predictions.csv")
+    elif not as_json: say(f"{room.summary_text(told)}\n\nWritten to {out}. Next: coft report {_typed(out)}, or coft predict {_typed(out)} {_typed(images)} --out predictions.csv")
 
 # %% ../nbs/13_cli.ipynb #c1100007
 FOLDER = typer.Argument(..., metavar="DIR", help="folder that coft adapt has written")

@@ -140,7 +140,7 @@ def write_report(
     if not (folder/"adaptation.json").is_file(): raise FileNotFoundError(f"{folder} holds no adaptation (adaptation.json is not there); the folder that coft adapt has written is needed.")
     told, table = json.loads((folder/"adaptation.json").read_text()), read_images(folder/"images.csv")
     root = Path(images or told["folder"])
-    if not root.is_dir(): raise FileNotFoundError(f"{root} is not there any more; say where the images are now.")
+    if not root.is_dir(): raise FileNotFoundError(f"{root} is not there any more; say where the images are now (--images FOLDER).")
     out = Path(out or folder/"report.html")
     with replace_file(out) as f: f.write_text(report_html(told, table, root), encoding="utf-8")
     return out

@@ -24,8 +24,9 @@ from coft.data import load_task, read_class_names, read_templates
 from coft.images import FileImages, task_from_arrays, walk_images
 from coft.report import write_report
 from coft.saved import load_fitted
-from helpers import QUICK, message_of
+from helpers import QUICK, REAL, message_of
 from PIL import Image
+from pyarrow.parquet import ParquetFile
 from typer.testing import CliRunner
 
 COMMAND = Path(sys.executable).parent / "coft"
@@ -150,7 +151,7 @@ def test_the_fallback_is_zero_shot(adapted):
 
 def test_a_finished_adaptation_is_not_replaced(adapted):
     answer = command("adapt", adapted.home / "photos", "-c", adapted.home / "classes.txt", "-o", adapted.home / "model")
-    assert answer.exit_code == 2 and "holds a finished adaptation already" in answer.stderr
+    assert answer.exit_code == 2 and "holds a finished adaptation already" in answer.stderr and "--overwrite" in answer.stderr
     message = message_of(room.check_out, adapted.home / "photos", True, kind=FileExistsError)
     assert "something else" in message, "--overwrite never removes what is no adaptation"
 
@@ -169,7 +170,7 @@ def test_class_file_that_is_refused(home, tmp_path, kind):
     content, wanted = CLASS_FILES[kind]
     (tmp_path / "classes.txt").write_bytes(content)
     answer = installed("adapt", home / "photos", "-c", "classes.txt", "-o", "model", cwd=tmp_path)
-    assert answer.returncode == 2 and answer.stderr.startswith("coft adapt: classes.txt: ") and wanted in answer.stderr, answer.stderr
+    assert answer.returncode == 2 and answer.stderr.startswith("coft adapt: classes.txt") and wanted in answer.stderr, answer.stderr
     assert os.listdir(tmp_path) == ["classes.txt"]
 
 
@@ -194,6 +195,24 @@ def test_one_image_10_000_classes_and_files_that_may_not_be_read(tmp_path, digit
     assert told["images"] == 1 and len(told["classes"]) == 10_000 and sum(c["images"] for c in told["classes"]) == 1
     aside = dict(told["set_aside"])
     assert aside.keys() == {case.name for case in LOCKED_FILES} and all(case.reason in aside[case.name] for case in LOCKED_FILES)
+
+
+def test_photographs_a_model_of_open_clip_and_names_in_other_scripts(tmp_path, digits):
+    "Caltech101's own files where they are present, else the digits; the weights are random, so only the way is tested."
+    (tmp_path / "my photos").mkdir()
+    if (REAL / "caltech101/train.parquet").is_file():
+        rows = next(ParquetFile(REAL / "caltech101/train.parquet").iter_batches(12, columns=["image"])).to_pydict()
+        for i, content in enumerate(rows["image"]):
+            (tmp_path / f"my photos/{i}.jpg").write_bytes(content)
+    else:
+        for i, image in enumerate(digits[0][:12]):
+            image.save(tmp_path / f"my photos/{i}.jpg")
+    (tmp_path / "classes.txt").write_bytes(CLASS_FILES["other scripts"][0])
+    answer = installed("adapt", "my photos", "-c", "classes.txt", "-o", "model", "--model", "ViT-B-32-quickgelu", "--pretrained", "random", "--method", "zero-shot", "--no-estimate", "-q", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    told = json.loads((tmp_path / "model/adaptation.json").read_text())
+    assert told["images"] == 12 and told["class_names"] == ["猫", "собака", "ĉevalo"] and told["set_aside"] == []
+    assert "coft predict model 'my photos' --out" in answer.stdout, "what comes next can be typed as it stands"
 
 
 @pytest.mark.parametrize("given, parts", [

@@ -118,6 +118,11 @@ def test_reproduce_names_what_it_does_not_know(given, parts):
     assert answer.exit_code == 2 and all(part in answer.stderr for part in parts)
 
 
+def test_settings_are_read_as_json_or_as_messages_print_them():
+    given = ["a=False", "b=false", "c=None", "d=1e-3", "e=[0, 1]", "f=text", "g=x=y"]
+    assert module._settings(given) == dict(a=False, b=False, c=None, d=0.001, e=[0, 1], f="text", g="x=y")
+
+
 def test_reproduce_makes_a_real_page(tmp_path):
     given = [f"--set={k}={v}" for k, v in dict(methods="zero-shot", tasks="glyphs-toy", seeds="[1]", device="cpu").items()]
     answer = subprocess.run([COMMAND, "reproduce", "coft-1", *given, "--out-dir", tmp_path / "out", "--quiet", "--json"], cwd=tmp_path, capture_output=True, text=True)
