@@ -217,8 +217,9 @@ def adapt(
         from coft.trainer import tracking
         room.check_out(out, overwrite)
         join_processes()
+        compute = compute_from(_settings(how_computed, "--compute", "precision=bf16"))
         clip = load_clip(model, pretrained, device)
-        clip.compute = compute_from(_settings(how_computed, "--compute", "precision=bf16"))
+        clip.compute = compute
         task = room.folder_task(images, names, clip, texts, mirror)
         how = room.label_free_method(method, clip, task, preset, **given)
         state = room.unfinished(out)
