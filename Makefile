@@ -20,7 +20,7 @@ test:  ## install with the dev extra and run everything that CI runs
 	OMP_NUM_THREADS=1 $(BIN)/papermill nbs/tables/ablations-coft.ipynb results/smoke-ablations.ipynb -p tasks glyphs-toy -p groups phases -p out_dir results/smoke
 	$(BIN)/python .ci/readme.py --check
 	$(BIN)/python .ci/check_docs.py
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 docs:  ## render the pages into _docs and check them (after make test)
 	$(BIN)/python .ci/check_docs.py
