@@ -210,6 +210,20 @@ def test_cut_captions_have_open_clips_features(random_photos):
     assert (caption_features(random_photos.model, tokens[:1, :9]) - expected[:1]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("groups", [2, 3, 7])
+def test_captions_encoded_in_groups_have_the_features_and_gradients_of_one_batch(net, monkeypatch, groups):
+    (net, tokenizer), lengths = net, []
+    tokens = tokenize(tokenizer, ["a photo of a cat.", "a long one, with a few more words than the first.", "cat", "a sports car", "the longest of all of them, which names a goose and a dam"])
+    attend = net.transformer.forward
+    monkeypatch.setattr(net.transformer, "forward", lambda x, **more: (lengths.append(x.shape[1]), attend(x, **more))[1])
+    found = []
+    for n in (1, groups):
+        features = caption_features(net, tokens, n)
+        found.append((features.detach(), torch.autograd.grad(features[:, 0].sum(), net.token_embedding.weight)[0]))
+    for one, parts in zip(*found): assert (one - parts).abs().max() < 1e-5
+    assert lengths[0] == max(lengths) and lengths[1:] == sorted(lengths[1:]) and lengths[1] < lengths[0]
+
+
 # ---- captions
 
 NAMED = {n: (f"a photo of a {n}.", f"a small {n}.") for n in ("cat", "dog", "oak")}
@@ -302,7 +316,7 @@ def test_patches_are_kept_by_number_and_all_outside_training():
     module.net.visual.ln_pre.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
     module(**batch())
     module.net.visual(torch.zeros(1, 3, 32, 32))
-    assert seen == [17, 65]
+    assert seen == [1 + module.n_patches // 4, 1 + module.n_patches]
 
 
 def test_the_same_step_in_half_precision():
