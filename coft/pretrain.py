@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .clip import FrozenCLIP, tokenize, zero_shot_head
+from .clip import FrozenCLIP, GPU_EFFORT, PART_EFFORT, _end_of_text, parts_by_length, tokenize, zero_shot_head
 from .core import check_number, expect_error, generator, replace_file, sha256_of, torch_generator
 from .data import Task
 from .trainer import predict
@@ -39,21 +39,16 @@ def contrastive_loss(
 def caption_features(
     net, # `open_clip.CLIP`
     tokens:torch.Tensor, # [n, length] int64, as from `tokenize`
-    groups:int=1, # of texts of like length, each cut at its own longest
 )->torch.Tensor: # [n, d], unit length
-    "open_clip's text tower, cut at the longest end of text"
+    "open_clip's text tower, texts of like length together and cut at the longest end of text"
     end = tokens.argmax(1)
-    if groups > 1:
-        order = end.argsort()
-        return torch.cat([caption_features(net, tokens[part]) for part in order.chunk(groups)])[order.argsort()]
-    length = int(end.max()) + 1
-    x = net.transformer(net.token_embedding(tokens[:, :length]) + net.positional_embedding[:length], attn_mask=net.attn_mask[:length, :length])
-    return F.normalize(net.ln_final(x)[torch.arange(len(x), device=x.device), end] @ net.text_projection, dim=-1)
+    parts = parts_by_length(end.cpu() + 1, tokens.numel(), PART_EFFORT.get(tokens.device.type, GPU_EFFORT))
+    features = [_end_of_text(net, net.token_embedding(tokens[part, :int(end[part].max()) + 1]), end[part]) for part in parts]
+    return torch.cat(features)[torch.cat(parts).argsort()]
 
 # %% ../nbs/06c_pretrain.ipynb #6cd00017
 class ContrastiveTraining(nn.Module):
     "Images against one caption per class; subclasses define `views` and `captions`"
-    caption_groups = 1 # as `groups` of `caption_features`
     def __init__(self,
         net, # `open_clip.CLIP` to train
         seed:int, # of everything random
@@ -75,7 +70,7 @@ class ContrastiveTraining(nn.Module):
     def forward(self, pixels, u, label, **columns):
         "Loss and accuracy of a batch"
         v = F.normalize(self.net.visual(self.views(pixels, u, label, **columns)), dim=-1)
-        t = caption_features(self.net, self.captions(label, **columns).to(v.device), self.caption_groups)
+        t = caption_features(self.net, self.captions(label, **columns).to(v.device))
         self.step += 1
         return contrastive_loss(v, t, label, self.scale)
 
@@ -169,7 +164,6 @@ class KeepPatches(nn.Module):
 # %% ../nbs/06c_pretrain.ipynb #6cd00033
 class ImageTraining(ContrastiveTraining):
     "Stored images, seen through random views and some of their patches, against drawn captions"
-    caption_groups = 3 # a name in a template takes a third of the tokens of a description
     def __init__(self,
         net, # `open_clip.CLIP` to train, with a ViT
         captions:Captions, # of all classes
@@ -199,7 +193,7 @@ class ImageTraining(ContrastiveTraining):
         "Names of some other classes against their descriptions, through the text tower alone"
         rng = generator(self.seed, "other texts", int(self.step))
         some = rng.choice(len(self.other), self.n_other, replace=False)
-        names, descriptions = (caption_features(self.net, self.other.draw(rng, some, kind).to(self.step.device), self.caption_groups) for kind in (0, 1))
+        names, descriptions = (caption_features(self.net, self.other.draw(rng, some, kind).to(self.step.device)) for kind in (0, 1))
         return contrastive_loss(names, descriptions, torch.arange(self.n_other, device=names.device), self.scale)["loss"]
 
     def forward(self, pixels, u, label):

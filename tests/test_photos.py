@@ -210,18 +210,18 @@ def test_cut_captions_have_open_clips_features(random_photos):
     assert (caption_features(random_photos.model, tokens[:1, :9]) - expected[:1]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("groups", [2, 3, 7])
-def test_captions_encoded_in_groups_have_the_features_and_gradients_of_one_batch(net, monkeypatch, groups):
-    (net, tokenizer), lengths = net, []
-    tokens = tokenize(tokenizer, ["a photo of a cat.", "a long one, with a few more words than the first.", "cat", "a sports car", "the longest of all of them, which names a goose and a dam"])
-    attend = net.transformer.forward
+@pytest.mark.parametrize("effort, parts", [(0, 5), (20, 2), (10 ** 6, 1)])
+def test_captions_encoded_in_parts_have_the_features_and_gradients_of_one_batch(net, monkeypatch, effort, parts):
+    net, tokenizer = net
+    tokens = tokenize(tokenizer, ["the longest of all of them, which names a goose and a dam", "a photo of a cat.", "a long one, with a few more words.", "cat", "a sports car", "dog"])
+    lengths, attend = [], net.transformer.forward
     monkeypatch.setattr(net.transformer, "forward", lambda x, **more: (lengths.append(x.shape[1]), attend(x, **more))[1])
-    found = []
-    for n in (1, groups):
-        features = caption_features(net, tokens, n)
-        found.append((features.detach(), torch.autograd.grad(features[:, 0].sum(), net.token_embedding.weight)[0]))
-    for one, parts in zip(*found): assert (one - parts).abs().max() < 1e-5
-    assert lengths[0] == max(lengths) and lengths[1:] == sorted(lengths[1:]) and lengths[1] < lengths[0]
+    monkeypatch.setattr("coft.pretrain.PART_EFFORT", {"cpu": effort})
+    features = caption_features(net, tokens)
+    whole = F.normalize(net.encode_text(tokens), dim=-1)
+    gradient = lambda x: torch.autograd.grad(x[:, 0].sum(), net.token_embedding.weight)[0]
+    assert (features - whole).abs().max() < 1e-5 and (gradient(features) - gradient(whole)).abs().max() < 1e-5
+    assert len(lengths[:-1]) == parts and lengths[:-1] == sorted(set(lengths[:-1])), lengths
 
 
 # ---- captions
