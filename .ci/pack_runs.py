@@ -1,6 +1,6 @@
 """Keep the finished runs of a folder beside the page that they belong to: pack_runs.py OUT_DIR PAGE
 
-Runs that are packed already stay. After a change of `REVISION` none of them is found again: delete the file first.
+Runs that are packed already stay, and those that another page carries are left to it. After a change of `REVISION` none of them is found again: delete the file first.
 """
 import sys
 from pathlib import Path
@@ -11,7 +11,8 @@ from coft.results import Records
 def pack_runs(out_dir: Path, page: Path) -> int:
     """Number of runs in the file."""
     target = page.with_suffix(".runs.npz")
-    return Records(out_dir, target if target.exists() else None).pack(target)
+    others = Records(out_dir, set(page.parent.glob("*.runs.npz")) - {target}).packed
+    return Records(out_dir, [target] if target.exists() else []).pack(target, without=others)
 
 
 if __name__ == "__main__":

@@ -637,7 +637,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'coft.experiment._stages': ('experiment.html#_stages', 'coft/experiment.py'),
                                  'coft.experiment._text': ('experiment.html#_text', 'coft/experiment.py'),
                                  'coft.experiment._write_down': ('experiment.html#_write_down', 'coft/experiment.py'),
-                                 'coft.experiment.all_packed_runs': ('experiment.html#all_packed_runs', 'coft/experiment.py'),
                                  'coft.experiment.by_profile': ('experiment.html#by_profile', 'coft/experiment.py'),
                                  'coft.experiment.check_page_parameters': ('experiment.html#check_page_parameters', 'coft/experiment.py'),
                                  'coft.experiment.comparison': ('experiment.html#comparison', 'coft/experiment.py'),

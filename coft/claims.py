@@ -97,10 +97,9 @@ def all_runs(
     packed=(), # files of packed runs
 )->list: # of (record, right [n]: share of the members that were right on each test image); a run only once
     "Finished runs with what they got right"
-    found = {}
-    for records in (Records(folder), *(Records(folder, f) for f in packed)):
-        for r in [*records.load(), *(r for r, _ in records.packed.values())]:
-            if r["key"] not in found and (records.arrays_path(r["key"]).exists() or r["key"] in records.packed): found[r["key"]] = r, records.arrays(r["key"])["test_right"].mean(0)
+    records, found = Records(folder, packed), {}
+    for r in [*records.load(), *(r for r, _ in records.packed.values())]:
+        if r["key"] not in found and (records.arrays_path(r["key"]).exists() or r["key"] in records.packed): found[r["key"]] = r, records.arrays(r["key"])["test_right"].mean(0)
     return list(found.values())
 
 def check_claims(

@@ -6,7 +6,7 @@
 __all__ = ['DEFAULT_METHODS', 'TABLES', 'WITH_GRID', 'GRIDS', 'DEVICES', 'OF_ALL_PAGES', 'PICTURES', 'Parameters',
            'parameters_from', 'project_root', 'Experiment', 'run_method', 'run_keys', 'find_or_run', 'run_experiment',
            'run_variant', 'run_variants', 'variants_table', 'comparison', 'cost_alone', 'run_page', 'page_source',
-           'check_page_parameters', 'run_pages', 'packed_runs', 'all_packed_runs', 'label_pictures', 'draw_figures']
+           'check_page_parameters', 'run_pages', 'packed_runs', 'label_pictures', 'draw_figures']
 
 # %% ../nbs/12_experiment.ipynb #715a21f5
 import json, os, shutil, sys
@@ -331,7 +331,7 @@ def run_variant(
     task:str, # registered name
     seed:int, # of the run
     one_thread:bool=False, # for a process beside others
-    packed=None, # as of `run_variants`
+    packed=(), # as of `run_variants`
     elsewhere=(), # likewise
 )->list: # the record, and those of other test images behind it
     "One run, found or made"
@@ -346,7 +346,7 @@ def run_variants(
     p:Parameters, # tasks, seeds, model, folder
     workers:int=1, # processes; more than one take one thread each
     say=print, # where a line per run goes
-    packed=None, # file of packed runs that are taken as they are
+    packed=(), # files of packed runs that are taken as they are
     elsewhere=(), # names of tasks on whose test images the fitted methods are scored as well
 )->list: # records with the label as `method`, in the order of tasks, variants, seeds
     "Run every variant on every task with every seed"
@@ -367,7 +367,7 @@ def variants_table(
     runs:list, # some of what `run_variants` gave
     p:Parameters, # likewise
     baseline:str, # label that differences are counted from
-    packed=None, # as in `run_variants`
+    packed=(), # as in `run_variants`
 )->pd.DataFrame: # as of `accuracy_table`
     "Accuracies of variants, and their paired differences from one of them"
     return accuracy_table(runs, _correctness(Records(project_root()/p.out_dir, packed)), baseline)
@@ -378,7 +378,7 @@ def comparison(
     p:Parameters, # as of `run_variants`
     baseline:str, # label that differences are counted from
     title:str="", # above the pictures
-    packed=None, # as in `run_variants`
+    packed=(), # as in `run_variants`
 ): # (table in Markdown, one figure per task)
     "Some variants side by side: a table with paired intervals, and a picture for each task"
     from coft.plots import plot_accuracies
@@ -468,15 +468,7 @@ def run_pages(
     if failed: raise RuntimeError(f"tables: {len(failed)} of {len(names)} pages failed: {'; '.join(f'{n} ({why})' for n, why in failed.items())}. Made: {', '.join(made) or 'none'}.")
     return made
 
-def packed_runs(
-    name:str, # of a page in `tables/`
-)->Path:
-    "The file of packed runs that comes with a page; `ValueError` if it has none"
-    path = _notebooks()/"tables"/f"{name}.runs.npz"
-    if not path.exists(): raise ValueError(f"packed: the page {name!r} comes without runs ({path.name} is not there). Run it with packed=False.")
-    return path
-
-def all_packed_runs()->list: # of paths
+def packed_runs()->list: # of paths
     "The files of packed runs that come with all pages"
     return sorted((_notebooks()/"tables").glob("*.runs.npz"))
 

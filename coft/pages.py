@@ -90,7 +90,7 @@ def run_tasks(
     variants_of, # function from a task's name to variants, as of `run_variants`
     p:Parameters, # tasks, model, seeds
     workers:int=1, # as in `run_variants`
-    packed=None, # likewise
+    packed=(), # likewise
 )->list: # records, task by task
     "The variants of every task, which may differ from task to task as official settings do"
     return [r for t in p.tasks for r in run_variants(variants_of(t), p.only(t), workers, packed=packed)]
@@ -238,7 +238,7 @@ def overtaken_at(
     runs:list, # records whose `method` is "NAME, SHOTS", and those of the reference
     reference:str, # label without shots
     p:Parameters, # as of `run_variants`
-    packed=None, # likewise
+    packed=(), # likewise
 )->pd.DataFrame: # a row per task and few-shot method; 0 where it never happens
     "The fewest labelled images per class with which a method is above the reference, by its mean and by a paired interval that excludes 0"
     table, rows = variants_table(runs, p, reference, packed), []
@@ -323,7 +323,7 @@ def accuracy_of_classes(
     runs:list, # records of one task
     classes, # numbers of the classes
     p:Parameters, # as of `run_variants`
-    packed=None, # likewise
+    packed=(), # likewise
 )->pd.DataFrame: # percent, a row per method
     "Accuracy on test images of these classes, and on the others"
     records, rows = Records(project_root()/p.out_dir, packed), []

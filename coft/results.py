@@ -86,9 +86,9 @@ class Records:
     "The finished runs of a folder: `records.jsonl`, and `runs/KEY.npz` with the arrays of each"
     def __init__(self,
         folder, # is made if it does not exist
-        packed=None, # a file that `pack` wrote, whose runs are found as well
+        packed=(), # files that `pack` wrote, whose runs are found as well
     ):
-        self.packed = _unpack(Path(packed)) if packed is not None else {}
+        self.packed = {k: run for f in packed for k, run in _unpack(Path(f)).items()}
         self.folder, self.path = Path(folder), Path(folder)/"records.jsonl"
         try: (self.folder/"runs").mkdir(parents=True, exist_ok=True)
         except OSError as e: raise ValueError(f"out_dir: {str(folder)!r} cannot be written ({e.strerror}). Give a folder that you may write to.") from e
@@ -138,9 +138,13 @@ class Records:
             f.flush()
             os.fsync(f.fileno())
 
-    def pack(self, path)->int: # number of runs
+    def pack(self,
+        path, # of the file
+        without=(), # keys of runs that are left out, because another file has them
+    )->int: # number of runs
         "Write all runs, packed ones included, into one small file: records, and which test images each model got right"
         runs = {k: r for k, (r, _) in self.packed.items()} | {r["key"]: r for r in self.load() if self.arrays_path(r["key"]).exists()}
+        for key in without: runs.pop(key, None)
         bits = {k: np.packbits(self.arrays(k)["test_right"], axis=1) for k in sorted(runs)}
         with replace_file(path) as temporary: np.savez_compressed(temporary, records=json.dumps([runs[k] for k in sorted(runs)]), **bits)
         return len(runs)

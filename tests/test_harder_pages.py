@@ -112,7 +112,7 @@ def test_the_pages_with_a_grid_are_those_that_the_main_job_names():
 def test_the_main_job_has_every_parameter_and_hands_it_on():
     names, code = parameters_of("experiments.ipynb")
     handed = next(ast.literal_eval(n.generators[0].iter) for n in ast.walk(ast.parse(code)) if isinstance(n, ast.DictComp))
-    assert names == {f.name for f in fields(Parameters)} and names - set(handed) == {"tables", "progress"}
+    assert names == {f.name for f in fields(Parameters)} | {"packed", "workers"} and names - set(handed) == {"tables", "progress"}
 
 
 def test_in_the_short_grid_filling_is_left_out_where_it_is_asked_about(run_page):

@@ -59,10 +59,13 @@ def test_all_tasks_at_once_are_refused():
 
 
 def test_packed_runs_stand_for_the_runs_themselves(toy, tmp_path):
-    variants, packed, silent = {"zero-shot": ("zero-shot", {}), "coft": ("coft", QUICK)}, tmp_path / "page.runs.npz", lambda line, **_: None
+    variants, packed, silent = {"zero-shot": ("zero-shot", {}), "coft": ("coft", QUICK)}, [tmp_path / "page.runs.npz", tmp_path / "other.runs.npz"], lambda line, **_: None
     runs = run_variants(variants, toy, say=silent)
     table = variants_table(runs, toy, "zero-shot")
-    assert Records(toy.out_dir).pack(packed) == len(runs) + 2, "Phase I of coft comes along"
+    assert Records(toy.out_dir).pack(packed[0]) == len(runs) + 2, "Phase I of coft comes along"
+    first = {r["key"] for r in runs if r["method"] == "zero-shot"}
+    assert Records(toy.out_dir).pack(packed[1], without=first) == len(runs) + 2 - len(first), "what one file has, the other need not"
+    assert Records(toy.out_dir, packed[:1]).pack(packed[0], without={r["key"] for r in runs} - first) == len(first) + 2
     elsewhere = replace(toy, out_dir=tmp_path / "elsewhere")
     taken = run_variants(variants, elsewhere, say=silent, packed=packed)
     assert taken == runs and not any((tmp_path / "elsewhere").glob("runs/*"))
