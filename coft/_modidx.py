@@ -1042,6 +1042,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'coft.protocol.Run': ('protocol.html#run', 'coft/protocol.py'),
                                'coft.protocol.Run.content': ('protocol.html#run.content', 'coft/protocol.py'),
                                'coft.protocol.get_method': ('protocol.html#get_method', 'coft/protocol.py'),
+                               'coft.protocol.has_settings': ('protocol.html#has_settings', 'coft/protocol.py'),
                                'coft.protocol.preset': ('protocol.html#preset', 'coft/protocol.py')},
             'coft.pseudolabels': { 'coft.pseudolabels.CPL': ('pseudolabels.html#cpl', 'coft/pseudolabels.py'),
                                    'coft.pseudolabels.CPL._fit': ('pseudolabels.html#cpl._fit', 'coft/pseudolabels.py'),

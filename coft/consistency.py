@@ -517,5 +517,5 @@ class LaFTer(Method):
         facts = {"unlabelled images": len(P), "sentences of the text classifier": n_sentences} | {f"share of the most frequent label {when}": largest_share(labels) for when, labels in (("of the text classifier", first), ("in the end", last))}
         messages = collapse_warning(first, names, "LaFTer's text classifier") + self_training_messages(first, last, names, "LaFTer")
         if s.texts == "both" and not task.llm_templates: messages.append(f"The task {task.name!r} has no sentences by a language model, so LaFTer's text classifier learned from its {len(task.templates)} templates alone.")
-        trace = {"zero_shot": P, "selected_index": everything, "selected_labels": first, "histories": {"LaFTer, text classifier": text_history, "LaFTer": history}}
+        trace = {"zero_shot": P, "selected_index": everything, "selected_labels": first, "final_selected_index": everything, "final_selected_labels": last, "histories": {"LaFTer, text classifier": text_history, "LaFTer": history}}
         return Fitted(self.name, names, [LearnerMember(model)], facts=facts, messages=messages, trace=trace)

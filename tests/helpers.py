@@ -17,6 +17,18 @@ QUICK = dict(preset="paper", top_k=4, n_context=4, n_visual=4, phase1_optimizer=
 QUICK_PLUS = QUICK | dict(rounds=2, contrast_views="task", template_set="llm", phase2_batch_size=24)
 
 
+def text_features_slow(clip, names, context):
+    "Every prompt on its own, at full length: start, context, name, full stop, end"
+    model, tokenizer, out = clip.model, clip.tokenizer, []
+    for name in names:
+        ids = [tokenizer.sot_token_id, *[0] * len(context), *tokenizer.encode(name + "."), tokenizer.eot_token_id]
+        x = model.token_embedding(torch.tensor(ids + [0] * (model.context_length - len(ids))))
+        x = torch.cat([x[:1], context, x[1 + len(context):]]) + model.positional_embedding
+        x = model.ln_final(model.transformer(x[None], attn_mask=model.attn_mask)[0])[len(ids) - 1] @ model.text_projection
+        out.append(x / x.norm())
+    return torch.stack(out)
+
+
 def remember_models(monkeypatch):
     "Patch both phases of CoFT; the dictionary returned will hold every model that they train, by the name of its phase."
     import coft.collaborate

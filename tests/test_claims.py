@@ -10,7 +10,7 @@ from coft.results import SCHEMA, Records
 
 def record(method, seed=0, task="digits", preset="paper", **settings):
     settings = asdict(get_method(method, preset, **settings).settings_for(preset))
-    return dict(schema=SCHEMA, key=f"{method}{seed}{task}{sorted(settings.items())}", method=method, model="embedded", task=task, trained_on=task, seed=seed, preset=preset, settings=settings, n_test=200)
+    return dict(schema=SCHEMA, key=f"{method}{seed}{task}{sorted(settings.items())}", method=method, model="embedded", model_sha256="0", n_train=1257, task=task, trained_on=task, seed=seed, preset=preset, settings=settings, n_test=200)
 
 
 def run(n_right, *args, **more):
@@ -50,13 +50,40 @@ def test_other_runs_are_not_taken_for_it(change):
     assert is_run(record("coft"), "coft") and not is_run(record("coft") | change, "coft")
 
 
-def test_the_nearest_rival_decides_and_only_shared_seeds_count():
+def test_the_rival_that_is_ahead_decides_and_only_shared_seeds_count():
     claim = Claim("it wins", "a paper", "coft", ("upl", "top-k"))
     runs = [run(120, "coft"), run(120, "coft", seed=1), run(0, "coft", seed=2), run(60, "upl"), run(60, "upl", seed=1), run(150, "top-k", seed=1)]
     (verdict,) = check_claims(runs, [claim])
-    assert (verdict.nearest, verdict.difference, verdict.seeds, verdict.says) == ("top-k", -15.0, 1, "fails")
+    assert (verdict.decided_by, verdict.difference, verdict.seeds, verdict.says) == ("top-k", -15.0, 1, "fails")
     assert check_claims(runs[:5], [claim]) == [], "a rival without runs leaves the claim unchecked"
     assert check_claims(runs[:5] + [run(150, "top-k", seed=7)], [claim]) == [], "no seed in common"
+
+
+def test_a_claim_on_several_rivals_holds_only_where_every_one_is_beaten():
+    "One rival is 4 points behind with little spread over images, the other 5 points behind, right on quite other images."
+    claim, n = Claim("it wins", "a paper", "coft", ("upl", "top-k")), np.arange(200)
+    runs = [run(100, "coft"), (record("upl"), (n < 92).astype(float)), (record("top-k"), (n >= 110).astype(float))]
+    (verdict,) = check_claims(runs, [claim])
+    assert (verdict.decided_by, verdict.difference, verdict.says) == ("top-k", 5.0, "open")
+    (near,) = check_claims(runs, [Claim("it wins", "a paper", "coft", ("upl",))])
+    assert (near.difference, near.says) == (4.0, "holds")
+
+
+def test_runs_of_another_size_or_model_are_not_compared():
+    claim = Claim("it wins", "a paper", "coft", ("zero-shot",))
+    (coft, right), base = run(100, "coft"), run(60, "zero-shot")
+    for change in (dict(n_train=300), dict(model_sha256="1")):
+        assert check_claims([(coft | change, right), base], [claim]) == []
+        small = record("zero-shot", seed=0) | change | dict(key="small")
+        both = check_claims([(coft, right), (coft | change, right), base, (small, base[1] * 0)], [claim])
+        assert sorted((v.images, v.difference) for v in both) == sorted([(1257, 20.0), (change.get("n_train", 1257), 50.0)])
+
+
+def test_a_method_for_which_nobody_chose_settings_does_not_count():
+    claim = Claim("it wins", "a paper", "coft", ("ce",))
+    sides = lambda preset: [run(100, "coft", preset=preset), run(60, "ce", task="digits-mislabelled-40", preset=preset)]
+    assert len(check_claims(sides("embedded"), [claim])) == 1 and check_claims(sides("photos"), [claim]) == []
+    assert is_run(record("zero-shot", preset="photos"), "zero-shot"), "it has no settings"
 
 
 @pytest.mark.parametrize("by, says", [(0.0, "holds"), (20.0, "open"), (40.0, "fails"), (-50.0, "holds")])

@@ -1,7 +1,4 @@
-"""Tip-Adapter, Tip-Adapter-F and the linear probe: their formulas said again in NumPy, runs that break off, what is refused.
-
-CoOp's loss is CoFT's L1; its encoder has tests of its own.
-"""
+"CoOp, Tip-Adapter, Tip-Adapter-F and the linear probe: their formulas said again in NumPy, runs that break off, what is refused."
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,9 +10,9 @@ from coft import get_method, load_task
 from coft.clip import load_clip, weights_digest, zero_shot_head
 from coft.core import uniforms
 from coft.data import ArrayImages, Audit
-from coft.fewshot import (POWERS_OF_C, TIP_ROWS, EpsSchedule, FeatureCache, LinearProbe, TipAdapter, TipAdapterF, as_head,
+from coft.fewshot import (POWERS_OF_C, TIP_ROWS, EpsSchedule, FeatureCache, LearnedContext, LinearProbe, TipAdapter, TipAdapterF, as_head,
                           cache_keys, fit_logistic, held_out, label_folds, search_C, tip_adapter_settings)
-from helpers import broken_off
+from helpers import broken_off, text_features_slow
 from sklearn.linear_model import LogisticRegression
 
 QUICK_TIP = dict(preset="paper", shots=3, views="task", cache_views=2)
@@ -33,6 +30,24 @@ def softmax(x):
 
 
 def accuracy(fitted, task): return 100 * (fitted.predict(task.test) == task.audit.test).mean()
+
+
+def test_a_step_of_coop_is_that_of_the_formulas(clip, task):
+    "Cross-entropy of cosines over tau, and its gradient by the context through the plain text tower."
+    model = LearnedContext(clip, task.class_names, n_context=3, seed=1)
+    pixels, label = task.unlabelled.batch(np.arange(6), clip.image_size).float() / 255, torch.tensor([0, 1, 2, 3, 0, 1])
+    loss = model(pixels, label)["loss"]
+    loss.backward()
+    context = model.context.detach()[0].clone().requires_grad_()
+    with torch.no_grad():
+        v = clip.model.visual(clip.normalize(pixels))
+    t = text_features_slow(clip, task.class_names, context)
+    slow = -((v / v.norm(dim=1, keepdim=True)) @ (t / t.norm(dim=1, keepdim=True)).T / clip.tau).log_softmax(1)[range(6), label].mean()
+    slow.backward()
+    P = softmax(unit(v.numpy().astype(float)) @ unit(t.detach().numpy().astype(float)).T / clip.tau)
+    assert loss.item() == pytest.approx(-np.log(P[range(6), label]).mean(), rel=1e-5)
+    assert torch.allclose(model.context.grad[0], context.grad, rtol=1e-3, atol=1e-6) and context.grad.abs().max() > 1e-4
+    assert not any(p.grad is not None for p in clip.model.parameters())
 
 
 def fit(name, clip, task, seed=0, folder=None, **more):

@@ -9,7 +9,7 @@ import pytest
 from coft.data import TASKS
 from coft.experiment import Parameters, run_pages
 from coft.fewshot import CoOp
-from coft.pages import NINE, beside_published, estimate, official_settings, overtaken_at, protocol_markdown, rehearse, what_can_run
+from coft.pages import NINE, beside_published, estimate, label_rounds, official_settings, overtaken_at, protocol_markdown, rehearse, what_can_run
 from coft.protocol import METHODS, get_method
 from coft.results import SCHEMA, Records, published_markdown, published_names, published_table, table
 from coft.trainer import Rehearsal, rehearsal
@@ -168,8 +168,12 @@ def test_no_difference_is_taken_from_other_data_weights_or_settings(change):
 
 def test_differences_of_few_shot_methods_and_of_other_backbones():
     found = beside_published([paper_run("tip-adapter-f, 8", 83.19), paper_run("coop, 2", 60.06), paper_run("coop, 16", 80.0)], "coft-4")
-    assert found.method.tolist() == ["Tip-Adapter-F 8", "CoOp 2"] and found.difference.tolist() == [1.0, 1.0]
-    assert beside_published([paper_run("upl", 65.31, model="ViT-B-32-quickgelu")], "coft-5").to_dict("records") == [dict(task="ViT-B/32, EuroSAT", method="UPL", seeds=1, ours=65.31, published=64.31, difference=1.0)]
+    assert found.method.tolist() == ["Tip-Adapter-F 8", "CoOp 2"] and found.ours.tolist() == [83.19, 60.06]
+    assert np.isnan(found.difference[0]) and "validation images" in found.remark[0], "what was searched on labels is not the same setting"
+    assert (found.difference[1], found.remark[1]) == (1.0, "")
+    (lafter,) = beside_published([paper_run("lafter", 70.0)], "coft-1").itertuples()
+    assert np.isnan(lafter.difference) and "sentences" in lafter.remark
+    assert beside_published([paper_run("upl", 65.31, model="ViT-B-32-quickgelu")], "coft-5").to_dict("records") == [dict(task="ViT-B/32, EuroSAT", method="UPL", seeds=1, ours=65.31, published=64.31, difference=1.0, remark="")]
 
 
 def test_supervision_overtakes_where_its_mean_and_its_interval_do(tmp_path):
@@ -185,8 +189,24 @@ def test_supervision_overtakes_where_its_mean_and_its_interval_do(tmp_path):
 def test_the_protocol_names_who_runs_with_official_settings():
     said = protocol_markdown(Parameters(tasks="glyphs-toy"), lambda t: {"coft": ("coft", {}), "tip-adapter": ("tip-adapter", {}), "transclip": ("transclip", {})})
     assert "| glyphs-toy | a photo of the {}. | 4: " in said and "Images per class (K): coft 64." in said
+    assert "First labels come from the template above." in said
+    other = protocol_markdown(Parameters(tasks="glyphs-toy"), lambda t: {"coft+": ("coft+", {}), "upl": ("upl", {}), "coft": ("coft", dict(template_set="single"))})
+    assert "or from another set: coft+ `llm`, coft `single`." in other and "upl averages 4 prompts." in other
     assert ("tip-adapter" in said.split("of ")[-1]) == ("tip-adapter" not in (ROOT / "coft/presets/embedded.json").read_text())
     assert "transclip is transductive" in said
+
+
+def test_labels_in_the_end_are_a_round_of_their_own():
+    report = dict(selected_size=200, selected_precision=80.0, final_selected_size=900, final_selected_precision=95.0)
+    rounds = label_rounds([dict(task="t", method="fixmatch", seed=0, n_train=1000, pseudo_labels=report)])
+    assert rounds[["round", "labels", "right", "found"]].values.tolist() == [[1, 200, 80, 16], [2, 900, 95, 85.5]]
+
+
+@pytest.mark.parametrize("name", ["fixmatch", "lafter"])
+def test_methods_that_label_all_images_keep_what_they_say_in_the_end(name, clip, task):
+    fitted = get_method(name, epochs=1, **(dict(n_visual=2, text_epochs=2) if name == "lafter" else {})).fit(clip, task, progress=False)
+    index, labels = fitted.trace["final_selected_index"], fitted.trace["final_selected_labels"]
+    assert (labels == fitted.predict_all(task.unlabelled).mean(0).argmax(1)[index]).all()
 
 
 # Pages

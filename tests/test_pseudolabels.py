@@ -12,7 +12,7 @@ from coft.protocol import get_method
 from coft.pseudolabels import (CandidatePrompt, FeatureImages, PseudoPrompt, UPLSettings, candidate_loss, candidate_sets,
                                cpl_settings, fill_pools, growing_sizes)
 from coft.rivals import ZeroShot
-from helpers import broken_off
+from helpers import broken_off, text_features_slow
 
 TINY = dict(preset="paper", optimizer="adamw", lr=0.01, weight_decay=0.0, epochs=2, batch_size=8, n_context=4)
 METHODS = {"upl": dict(top_k=4, n_prompts=2, views="task"), "fpl": dict(top_k=4), "ifpl": dict(top_k=4, rounds=2), "grip": dict(steps=3), "cpl": dict(steps=3)}
@@ -29,18 +29,6 @@ def whole(clip, task):
 
 
 # The models, said again in plain torch and NumPy
-
-def text_features_slow(clip, names, context):
-    "Every prompt on its own, at full length: start, context, name, full stop, end"
-    model, tokenizer, out = clip.model, clip.tokenizer, []
-    for name in names:
-        ids = [tokenizer.sot_token_id, *[0] * len(context), *tokenizer.encode(name + "."), tokenizer.eot_token_id]
-        x = model.token_embedding(torch.tensor(ids + [0] * (model.context_length - len(ids))))
-        x = torch.cat([x[:1], context, x[1 + len(context):]]) + model.positional_embedding
-        x = model.ln_final(model.transformer(x[None], attn_mask=model.attn_mask)[0])[len(ids) - 1] @ model.text_projection
-        out.append(x / x.norm())
-    return torch.stack(out)
-
 
 def log_softmax_slow(scores):
     top = max(scores)
