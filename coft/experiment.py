@@ -6,10 +6,11 @@
 __all__ = ['DEFAULT_METHODS', 'TABLES', 'WITH_GRID', 'GRIDS', 'DEVICES', 'OF_ALL_PAGES', 'PICTURES', 'Parameters',
            'parameters_from', 'project_root', 'Experiment', 'run_method', 'run_keys', 'find_or_run', 'run_experiment',
            'run_variant', 'run_variants', 'variants_table', 'comparison', 'cost_alone', 'run_page', 'page_source',
-           'check_page_parameters', 'run_pages', 'packed_runs', 'label_pictures', 'draw_figures']
+           'check_page_parameters', 'run_pages', 'known_tables', 'stop_if_failed', 'packed_runs', 'label_pictures',
+           'draw_figures']
 
 # %% ../nbs/12_experiment.ipynb #715a21f5
-import json, os, shutil, sys
+import ast, json, os, shutil, sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -433,6 +434,8 @@ def run_page(
     target = project_root()/out_dir/"pages"/f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     known = (*papermill.inspect_notebook(str(source)), *OF_ALL_PAGES)
+    unheard = [k for k, d in papermill.inspect_notebook(str(page_source("overview"))).items() if k not in known and k in given and given[k] != ast.literal_eval(d["default"])]
+    if unheard: print(f"{name} has no {', '.join(unheard)}; it is made without.")
     with TemporaryDirectory() as aside:
         shown = target if is_main() else Path(aside)/target.name
         papermill.execute_notebook(str(source), str(shown), {k: v for k, v in given.items() if k in known and v is not None}, kernel_name="python3", progress_bar=progress and is_main(), cwd=os.getcwd())
@@ -457,16 +460,33 @@ def run_pages(
     names, # of pages in `tables/`
     given:dict, # as in `run_page`
     out_dir, # likewise
-)->list: # names of the files made
-    "Run pages one after the other; `RuntimeError` names those that failed when all others are made"
+): # (names of the files made, page -> why it failed)
+    "Run pages one after the other; one that fails does not keep the others from being made"
     from papermill import PapermillExecutionError
     if n_processes() > 1: raise ValueError(f"tables: pages were asked for in a run of {n_processes()} processes. Run each page itself with them: torchrun --nproc_per_node {n_processes()} --no-python coft reproduce {names[0]}.")
     made, failed = [], {}
     for name in names:
         try: made.append(run_page(name, given, out_dir).name)
         except PapermillExecutionError as e: failed[name] = f"{e.ename}: {e.evalue}"
-    if failed: raise RuntimeError(f"tables: {len(failed)} of {len(names)} pages failed: {'; '.join(f'{n} ({why})' for n, why in failed.items())}. Made: {', '.join(made) or 'none'}.")
-    return made
+    return made, failed
+
+def known_tables(
+    given, # names of `TABLES`, a name or a list
+): # (those that there are, or all where there are none; name -> what is wrong with it)
+    "Keep a wrong name from stopping the others"
+    wrong = {}
+    for name in given if isinstance(given, (list, tuple)) else []:
+        try: check_choice("tables", name, [*TABLES, "all"])
+        except ValueError as e: wrong[name] = str(e)
+    right = [name for name in given if name not in wrong] if wrong else given
+    return (right, wrong) if right else (given, {})
+
+def stop_if_failed(
+    made, # names of files
+    failed:dict, # page -> why
+):
+    "`RuntimeError` with the pages that failed, once everything else is done"
+    if failed: raise RuntimeError(f"tables: {len(failed)} of {len(made) + len(failed)} pages failed: {'; '.join(f'{n} ({why})' for n, why in failed.items())}. Made: {', '.join(made) or 'none'}.")
 
 def packed_runs()->list: # of paths
     "The files of packed runs that come with all pages"

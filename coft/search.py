@@ -7,7 +7,7 @@ __all__ = ['draw', 'draws', 'trial', 'finalists', 'means', 'winners', 'Search', 
 
 # %% ../nbs/12a_search.ipynb #12a00004
 import json, math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from joblib import Parallel, delayed
 
 from .core import check_number, expect_error, generator, replace_file
 from .experiment import Parameters, project_root, run_variant
-from .protocol import PRESETS
+from .protocol import PRESETS, get_method
 
 # %% ../nbs/12a_search.ipynb #12a00008
 def draw(
@@ -99,27 +99,53 @@ def tune(
     n_finalists:int, # trials per method that meet more seeds
     final_seeds:int, # how many more
     workers:int=1, # processes, one thread each
+    before:pd.DataFrame|None=None, # log of an earlier search of these methods: its trials come first and are not made again
 )->Found:
-    "The same number of trials for every method"
+    "The same number of trials for every method, no two of them alike"
     for what, n in (("n_draws", n_draws), ("n_finalists", n_finalists), ("final_seeds", final_seeds), ("workers", workers)): check_number(what, n, low=1, integer=True)
     if len(p.tasks) != 1: raise ValueError(f"tasks: {', '.join(p.tasks)} were given; a search needs one task.")
     lengths = {m: len(s.changes) for m, s in searches.items()}
     if len(set(lengths.values())) > 1: raise ValueError(f"searches: the numbers of changes differ ({', '.join(f'{m} {n}' for m, n in lengths.items())}); every method needs as many trials as the others.")
-    space = {m: [{}, *draws(s.grid, n_draws, name, m)] for m, s in searches.items()}
-    first = {m: range(n_draws + 1) for m in searches}
-    log = _run_all(searches, space, first, [0], p, workers)
-    for m, (leader,) in finalists(log, 1).items(): space[m] += [space[m][leader] | change for change in searches[m].changes]
-    log = pd.concat([log, _run_all(searches, space, {m: range(n_draws + 1, len(space[m])) for m in searches}, [0], p, workers)], ignore_index=True)
-    best = finalists(log, n_finalists)
-    log = pd.concat([log, _run_all(searches, space, best, range(1, 1 + final_seeds), p, workers)], ignore_index=True)
+    space, log = ({m: [{}] for m in searches}, pd.DataFrame()) if before is None else (_trials_of(before, searches), before)
+    spare = {m: _unlike(s, m, space[m], n_draws, name) for m, s in searches.items()}
+    def add(trials): return pd.concat([log, *([more] if len(more := _run_all(searches, space, trials, p, workers, log)) else [])], ignore_index=True)
+    for m in searches: space[m] += [next(spare[m]) for _ in range(n_draws)]
+    log = add({m: [(t, 0) for t in range(len(space[m]))] for m in searches})
+    for m, (leader,) in finalists(log[log.seed == 0], 1).items():
+        for change in searches[m].changes: space[m].append(space[m][leader] | change if _is_new(searches[m], m, space[m][leader] | change, space[m]) else next(spare[m]))
+    log = add({m: [(t, 0) for t in range(len(space[m]))] for m in searches})
+    best = finalists(log[log.seed == 0], n_finalists)
+    log = add({m: [(t, seed) for t in best[m] for seed in range(1, 1 + final_seeds)] for m in searches})
     scores = means(log, best)
     won = winners(scores)
     return Found(log, scores, {m: searches[m].always | space[m][won[m]] for m in searches})
 
 # %% ../nbs/12a_search.ipynb #12a00019
-def _run_all(searches, space, trials, seeds, p, workers):
-    "Rows of the log"
-    plan = [(m, t, seed) for m in searches for t in trials[m] for seed in seeds]
+def whole(method, settings):
+    "All settings of a trial"
+    return asdict(get_method(method, "paper", **settings).settings_for("paper"))
+
+def _is_new(search, method, settings, tried):
+    always = search.always | search.here
+    return whole(method, always | settings) not in [whole(method, always | s) for s in tried]
+
+def _unlike(search, method, tried, n_draws, name):
+    "Draws that are unlike all trials, the first as many as are asked for and some more; `ValueError` when there are no more"
+    most = math.prod(map(len, search.grid.values()))
+    for d in draws(search.grid, max(n_draws, min(most, n_draws + len(tried) + len(search.changes))), name, method):
+        if _is_new(search, method, d, tried): yield d
+    raise ValueError(f"searches: the grid of {method} has too few settings that are unlike its other trials. Give it more values.")
+
+def _trials_of(log, searches):
+    "The settings of every trial of an earlier search, as many for every method"
+    found = {m: [json.loads(s) for s in log[(log.method == m) & (log.seed == 0)].sort_values("trial").settings] for m in searches}
+    if len(set(map(len, found.values()))) > 1 or not all(found.values()): raise ValueError(f"before: the numbers of trials are {', '.join(f'{len(t)} of {m}' for m, t in found.items())}; every method needs as many as the others, and at least one.")
+    return found
+
+def _run_all(searches, space, trials, p, workers, done):
+    "Rows of the log, for those trials (number, seed) that are not done"
+    done = set(zip(done.method, done.trial, done.seed)) if len(done) else ()
+    plan = [(m, t, seed) for m in searches for t, seed in trials[m] if (m, t, seed) not in done]
     results = Parallel(workers)(delayed(trial)(m, searches[m].always | searches[m].here | space[m][t], p, seed) for m, t, seed in plan)
     return pd.DataFrame([dict(method=m, trial=t, seed=seed) | r | dict(settings=json.dumps(space[m][t])) for (m, t, seed), r in zip(plan, results)])
 

@@ -7,7 +7,8 @@ import pandas as pd
 import papermill
 import pytest
 from coft.data import TASKS
-from coft.experiment import Parameters, run_pages
+from coft.experiment import Parameters, known_tables, run_pages, stop_if_failed
+from coft.experiment import run_page as run_main
 from coft.fewshot import CoOp
 from coft.pages import NINE, beside_published, estimate, label_rounds, official_settings, overtaken_at, protocol_markdown, rehearse, what_can_run
 from coft.protocol import METHODS, get_method
@@ -218,9 +219,26 @@ def test_a_failing_page_does_not_keep_the_others_from_being_made(monkeypatch, tm
         return tmp_path / f"{name}.ipynb"
 
     monkeypatch.setattr("coft.experiment.run_page", run)
-    message = message_of(run_pages, ["coft-4", "coft-1"], {}, str(tmp_path), kind=RuntimeError)
+    made, failed = run_pages(["coft-4", "coft-1"], {}, str(tmp_path))
+    assert made == ["coft-1.ipynb"] and failed == {"coft-4": "ValueError: shots: 0 was given"}
+    message = message_of(stop_if_failed, made, failed, kind=RuntimeError)
     assert "1 of 2 pages failed: coft-4 (ValueError: shots: 0 was given)" in message and "Made: coft-1.ipynb" in message
-    assert run_pages(["coft-1"], {}, str(tmp_path)) == ["coft-1.ipynb"]
+    assert stop_if_failed(made, {}) is None
+
+
+def test_a_table_that_does_not_exist_is_named_and_the_others_stay():
+    right, wrong = known_tables(["coft-1", "coft-11", "craft-1"])
+    assert right == ["coft-1", "craft-1"] and list(wrong) == ["coft-11"] and "Did you mean 'coft-1'" in wrong["coft-11"]
+    for given in ("coft-1", "coft-11", ["coft-11"], ["all"], []):
+        assert known_tables(given) == (given, {}), "nothing is left out where nothing would be left"
+
+
+def test_what_a_page_does_not_know_is_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: None)
+    run_main("coft-5", dict(model="ViT-B-32", seeds=[0, 1], trackers=None, methods=None, unlabelled=300), str(tmp_path))
+    assert capsys.readouterr().out == "coft-5 has no model, unlabelled; it is made without.\n"
+    run_main("coft-1", dict(model="ViT-B-32", profile="embedded", grid=None, packed=True), str(tmp_path))
+    assert capsys.readouterr().out == ""
 
 
 def run_page(name, folder, **given):

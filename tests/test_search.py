@@ -20,6 +20,7 @@ def scored(monkeypatch):
         return dict(accuracy=settings.get("lr", 0) * 10 - 15.0 * seed * (settings.get("lr") == 3), seconds=1.0, remark="")
 
     monkeypatch.setattr("coft.search.trial", trial)
+    monkeypatch.setattr("coft.search.whole", lambda method, settings: dict(epochs=100) | settings)
     return ran
 
 
@@ -61,6 +62,31 @@ def test_changes_are_made_to_the_best_draw(tmp_path, scored):
     assert tried[7] == best | dict(epochs=7)
 
 
+def test_no_trial_is_made_twice(tmp_path, scored):
+    "One change gives the leader again, the other the defaults; both give way to draws."
+    searches = {"a": Search(dict(lr=[1, 2, 3, 4, 5, 6]), [dict(epochs=100), dict(lr=6)])}
+    found = tune(searches, asked(tmp_path), "a test", n_draws=4, n_finalists=1, final_seeds=1)
+    tried = [json.loads(s) for s in found.log[found.log.seed == 0].settings]
+    assert len(tried) == 7 and len({s.get("lr") for s in tried}) == 7
+    with pytest.raises(ValueError, match="the grid of a has too few settings"):
+        tune({"a": Search(dict(lr=[1, 2]), [dict(epochs=100)])}, asked(tmp_path), "a test", n_draws=2, n_finalists=1, final_seeds=1)
+
+
+def test_a_second_search_goes_on_from_the_log_of_the_first(tmp_path, scored):
+    first = tune({"a": Search(dict(lr=[1, 2]), [dict(epochs=7)])}, asked(tmp_path), "a test", n_draws=2, n_finalists=2, final_seeds=2)
+    stored = tmp_path / "log.csv"
+    first.log.to_csv(stored, index=False)
+    n = len(scored)
+    second = tune({"a": Search(dict(lr=[1, 4, 5]), [dict(epochs=8)])}, asked(tmp_path), "second", n_draws=2, n_finalists=2, final_seeds=2, before=pd.read_csv(stored))
+    tried = [json.loads(s) for s in second.log[second.log.seed == 0].settings]
+    assert tried[:4] == [json.loads(s) for s in first.log[first.log.seed == 0].settings] and tried[6] == dict(lr=5, epochs=8)
+    assert sorted(s["lr"] for s in tried[4:6]) == [4, 5], "1 was tried before"
+    assert [settings for _, settings, seed in scored[n:] if not seed] == tried[4:] and len(scored) == n + 3 + 4, "nothing of the first is made again"
+    assert second.chosen["a"]["lr"] == 5 and len(second.log) == len(first.log) + 3 + 4
+    with pytest.raises(ValueError, match="before: the numbers of trials are 4 of a, 0 of b"):
+        tune({m: Search(dict(lr=[1]), []) for m in "ab"}, asked(tmp_path), "second", 1, 1, 1, before=first.log)
+
+
 def test_a_trial_that_breaks_down_has_lost(tmp_path, monkeypatch):
     def diverges(method, settings, *args, **kwargs):
         if settings.get("lr") == 2:
@@ -68,6 +94,7 @@ def test_a_trial_that_breaks_down_has_lost(tmp_path, monkeypatch):
         return [dict(accuracy=1.0, seconds=2.0, resumed=False)]
 
     monkeypatch.setattr("coft.search.run_variant", diverges)
+    monkeypatch.setattr("coft.search.whole", lambda method, settings: settings)
     found = tune({"a": Search(dict(lr=[1]), [dict(lr=2)])}, asked(tmp_path), "a test", 1, 1, 1)
     lost = found.log[found.log.trial == 2].iloc[0]
     assert (lost.accuracy, lost.remark) == (0.0, "the loss is nan") and found.chosen != {"a": dict(lr=2)}
