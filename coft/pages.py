@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NINE', 'PAPERS_NAMES', 'ANOTHER_SETTING', 'ROUND_QUANTITIES', 'CROWD_LABELLED', 'TEACHERS', 'what_can_run',
            'not_run_markdown', 'stop', 'official_settings', 'run_tasks', 'rehearse', 'estimate', 'protocol_markdown',
-           'beside_published', 'label_rounds', 'accepted_labels', 'plot_label_rounds', 'overtaken_at', 'by_grid',
-           'mislabelled', 'taught_by', 'with_relatives', 'shown_with', 'signs_and_gains', 'foretelling',
-           'caught_strangers', 'accuracy_of_classes']
+           'beside_published', 'label_rounds', 'accepted_labels', 'plot_label_rounds', 'label_figures', 'time_figure',
+           'overtaken_at', 'by_grid', 'mislabelled', 'taught_by', 'with_relatives', 'shown_with', 'signs_and_gains',
+           'foretelling', 'caught_strangers', 'accuracy_of_classes']
 
 # %% ../nbs/12b_pages.ipynb #7ab10004
 import re
@@ -24,7 +24,7 @@ from .datasets import DATASETS
 from .experiment import GRIDS, Parameters, by_profile, project_root, run_keys, run_variants, variants_table
 from .fewshot import coop_epochs, tip_adapter_settings
 from .filtering import SIGNS
-from .plots import plot_curves
+from .plots import plot_curves, plot_time
 from .protocol import METHODS, get_method, has_settings
 from .pseudolabels import cpl_settings
 from .results import Records, measured, published_table
@@ -240,6 +240,21 @@ def plot_label_rounds(
     rounds = list(range(1, int(table["round"].max()) + 1)) if len(table) else [1]
     curves = {m: part.pivot(index="seed", columns="round", values=what).reindex(columns=rounds).to_numpy() for m, part in table.groupby("method", sort=False)}
     return plot_curves(rounds, curves, "round", title, quantity=ROUND_QUANTITIES[what])
+
+def label_figures(
+    runs:list, # records of one task
+    title:str="", # above each picture
+)->list: # of matplotlib Figures
+    "How many pseudo-labels are right, how many images have a right one, and how many pseudo-labels there are, over rounds"
+    return [plot_label_rounds(runs, what, title) for what in ("right", "found", "labels")]
+
+def time_figure(
+    runs:list, # records of one task
+    title:str="", # above the picture
+): # matplotlib Figure
+    "Accuracy of each method against the seconds of a run; runs that went on from a kept state have no time"
+    by_method = {m: [r for r in runs if r["method"] == m] for m in dict.fromkeys(r["method"] for r in runs)}
+    return plot_time({m: [r["accuracy"] for r in mine] for m, mine in by_method.items()}, {m: [r["seconds"] for r in mine if not r["resumed"]] for m, mine in by_method.items()}, title)
 
 # %% ../nbs/12b_pages.ipynb #7ab1001f
 def overtaken_at(
