@@ -21,7 +21,7 @@ from coft.blackbox import BlackBoxVLM, Pictures
 from coft.clip import PromptEncoder, load_clip, zero_shot_head
 from coft.collaborate import CoFTSettings, PromptedModel, cross_validate, first_labels
 from coft.core import generator
-from coft.craft import PromptGenerator, craft_settings, fitness
+from coft.craft import PromptGenerator, fitness
 from coft.data import ArrayImages, Augmentation, batches
 from coft.filtering import Similarities, select_topk
 from coft.glyphs import CHARACTERS, character_name
@@ -288,41 +288,49 @@ class Craft:
         self.pictures = Pictures(noise(n_images, clip.image_size).batch(range(n_images), clip.image_size).numpy())
         self.labels = torch.arange(n_images) % n_classes
         start = self.box.embed_text("the" if clip.preset == "embedded" else "a photo of a")
-        settings = craft_settings("")
-        self.search = PromptGenerator(start, population=population)
-        self.contexts = self.search.context(self.search.ask())
+        self.search, self.width = PromptGenerator(start, population=population), len(start)
         self.prompts = plain.Prompts(clip, self.names, len(start))
         self.v = clip.image_features(torch.from_numpy(self.pictures.pixels))
 
-    def ours(self):
-        "Fitness of all candidates, as a run of `craft` asks for it."
-        return fitness(torch.from_numpy(self.box.logits(self.contexts, self.names, self.pictures, candidates=True)), self.labels, None, 0.0)
+    def generation(self, seed):
+        "Contexts [population, n, w] of candidates that were not asked about before."
+        return self.search.context(generator(seed, "benchmark").standard_normal((self.population, self.search.A.shape[1])))
 
-    def plain(self, candidates=None):
-        "Fitness of the first candidates, one after the other at the full length."
-        contexts = torch.from_numpy(self.contexts[:candidates]).to(self.clip.device)
-        return plain.craft_generation(self.prompts, contexts, self.v, self.labels.to(self.clip.device), self.clip.tau).cpu()
+    def ours(self, contexts):
+        "Fitness of all candidates, as a run of `craft` asks for it."
+        return fitness(torch.from_numpy(self.box.logits(contexts, self.names, self.pictures, candidates=True)), self.labels, None, 0.0)
+
+    def plain(self, contexts):
+        "Fitness of candidates, one after the other at the full length."
+        return plain.craft_generation(self.prompts, torch.from_numpy(contexts).to(self.clip.device), self.v, self.labels.to(self.clip.device), self.clip.tau).cpu()
 
     def differences(self, candidates=None):
         "Largest relative distance of the fitness of a candidate."
-        ours, theirs = self.ours()[:candidates], self.plain(candidates)
+        contexts = self.generation(0)
+        ours, theirs = self.ours(contexts)[:candidates], self.plain(contexts[:candidates])
         return dict(fitness=float(((ours - theirs) / theirs).abs().max()))
 
 
 def craft(clip, n_classes, n_images, repetitions, loop=40):
-    "Rows of one generation of 40 candidates; the plain loop is made for `loop` of them and counted for all."
+    """Rows of one generation of 40 candidates; the plain loop is made for `loop` of them and counted for all.
+
+    Every call asks about a generation of its own, because a box keeps the texts of its last question; in a repetition both ways have the same.
+    """
     case = Craft(clip, n_classes, n_images)
 
-    def timed(call, times):
+    def timed(call, candidates):
+        seeds = count()
+
         def run():
+            contexts = case.generation(next(seeds))[:candidates]
             clock = Clock(clip.device)
-            call()
+            call(contexts)
             clock("whole")
-            return {"whole": clock.parts["whole"] * times}
+            return {"whole": clock.parts["whole"] * case.population / candidates}
         return run
-    ways = {"ours": timed(case.ours, 1), "plain": timed(lambda: case.plain(loop), case.population / loop)}
+    ways = {"ours": timed(case.ours, case.population), "plain": timed(case.plain, loop)}
     notes = {} if loop == case.population else {"plain": f"from {loop} of {case.population} candidates"}
-    return rows_of(alternating(ways, repetitions), "CraFT generation", notes=notes, backbone=clip.name, classes=n_classes, context=case.contexts.shape[1], images=n_images)
+    return rows_of(alternating(ways, repetitions), "CraFT generation", notes=notes, backbone=clip.name, classes=n_classes, context=case.width, images=n_images)
 
 
 def text_tower(clip, n_classes, n_context, repetitions, with_plain=True):

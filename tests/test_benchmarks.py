@@ -60,6 +60,17 @@ def test_ways_take_turns_after_a_round_that_does_not_count():
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab" and [f["a"]["whole"] for f in found] == [3, 6, 7]
 
 
+def test_every_generation_of_craft_is_encoded_anew_and_is_the_same_for_both_ways(clip, monkeypatch):
+    asked = {"ours": [], "plain": []}
+    for way, kind in (("ours", measure.PromptEncoder), ("plain", measure.plain.Prompts)):
+        monkeypatch.setattr(kind, "forward", lambda self, context, *rest, way=way, forward=kind.forward: asked[way].append(context.cpu()) or forward(self, context, *rest))
+    measure.craft(clip, 3, 4, repetitions=2, loop=2)
+    assert [len(contexts) for contexts in asked["ours"]] == [40] * 3 and len(asked["plain"]) == 3 * 2, "the round that does not count, and two repetitions"
+    assert len({tuple(contexts.flatten().tolist()) for contexts in asked["ours"]}) == 3
+    for contexts, i in zip(asked["ours"], (0, 2, 4)):
+        assert torch.equal(contexts[:2], torch.stack(asked["plain"][i:i + 2]))
+
+
 def test_ratios_are_taken_within_a_repetition():
     found = [{"plain": {"whole": 10.0}, "ours": {"whole": 2.0}}, {"plain": {"whole": 30.0}, "ours": {"whole": 3.0}}, {"plain": {"whole": 9.0}, "ours": {"whole": 3.0}}]
     rows = measure.rows_of(found, "step", notes={"plain": "from 3"}, classes=7) + measure.rows_of(found, "step", classes=3)
