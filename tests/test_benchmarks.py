@@ -323,14 +323,17 @@ def test_the_page_runs_and_keeps_its_table(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.measure.training.__defaults__", (2,))
     monkeypatch.setattr(measure, "two_models", lambda what, backbone, pretrained, n_classes, *rest: PAIRS(what=what, backbone=backbone, classes=n_classes))
     monkeypatch.setattr(measure, "agreement", partial(measure.agreement, **FEW))
-    done = run_page(backbone="embedded", backbones=["embedded-l"], classes=[3, 6], contexts=[2], images=[200], batch=4, repetitions=2, plain_classes=3, craft_classes=3, craft_loop=1, predicted=4, fed=4,
-                    task="glyphs-toy", seeds=[0, 1], matrix=64, out_dir=str(tmp_path))
+    done = run_page(backbone="embedded", backbones=["embedded-l"], classes=[3, 6], contexts=[2], images=[200], batch=4, repetitions=2, plain_classes=3, craft_classes=3, craft_loop=1, predicted=4, fed=4, full_batch=3, compiled="eager",
+                    task="glyphs-toy", agreed_images=16, seeds=[0, 1], many_classes=0, matrix=64, out_dir=str(tmp_path))
     table, aims = pd.read_csv(tmp_path / "benchmarks.csv"), done["aims"]
-    assert {"Phase I step", "full fine-tuning step", "prediction", "feeding", "CraFT generation", "text tower", "selection", "training, both phases", "floor, Phase I step", "peak memory, Phase I step", "two models, Phase I step", "two models, full fine-tuning step", "accuracy"} <= set(table.measure)
+    assert {"Phase I step", "full fine-tuning step", "prediction", "feeding", "CraFT generation", "text tower", "selection", "training, both phases", "floor, Phase I step", "peak memory, Phase I step", "two models, Phase I step", "two models, full fine-tuning step", "accuracy", "accuracy, in parts"} <= set(table.measure)
     assert (table.repetitions == 2)[table.measure == "Phase I step"].all() and table.machine.nunique() == 1
     assert set(table[(table.measure == "Phase I step") & (table.classes == 6) & (table.way == "plain")].note) == {"from 3 classes"}
     assert set(table[(table.measure == "Phase I step") & (table.backbone == "embedded-l")].classes) == {3}
-    assert (aims.measured != "not measured").tolist() == [False] * 8 + [False, True, True, True, False, False]
+    assert set(done["differences"]) == {"Phase I step, 3 classes", *(f"positive prompts, {n} classes, {how}" for n in (3, 6) for how in ("at once", "half again")), "full fine-tuning step", "CraFT generation"}
+    full = table[table.measure == "full fine-tuning step"]
+    assert set(full.images) == {3} and full.way.str.endswith("compiled").any(), "full fine-tuning has a batch of its own"
+    assert (aims.measured != "not measured").tolist() == [False] * 9 + [True] * 4 + [False] * 2
     assert all(check_number("share", float(a.split()[0]), low=0) >= 0 for a in aims.measured if a != "not measured")
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"benchmarks-step.png", "benchmarks-growth.png"}
 
@@ -338,6 +341,7 @@ def test_the_page_runs_and_keeps_its_table(tmp_path, monkeypatch):
 def test_a_wrong_name_or_number_stops_the_page():
     assert "clases" in message_of(run_page, clases=[3])
     assert "craft_loop: 41" in message_of(run_page, backbone="embedded", craft_loop=41)
+    assert "at least one number must be no more than plain_classes, 100" in message_of(run_page, backbone="embedded", classes=[1000])
 
 
 def test_a_summary_reads_by_part():
