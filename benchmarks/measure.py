@@ -326,11 +326,12 @@ class FullFineTuning:
 
 
 def full_fine_tuning(clip, n_classes, batch, repetitions, precisions=("fp32",), compiled="", with_plain=True):
-    "Rows of a step of full fine-tuning; in the last precision also with the tower compiled by a backend of torch.compile, and of a ResNet with its channels last."
+    "Rows of a step of full fine-tuning; in the precision that training takes, the last one on a GPU and else the first, also with the tower compiled by a backend of torch.compile, and of a ResNet with its channels last."
     case = FullFineTuning(clip, n_classes, batch)
     ways = {"ours" + (f", {p}" if p != "fp32" else ""): case.step(case.ours, p) for p in precisions}
     others = ({"compiled": dict(compiled=compiled)} if compiled else {}) | ({"channels last": dict(channels_last=True)} if case.plain is None else {})
-    ways |= {f"{list(ways)[-1]}, {name}": case.step(case.made(**how), precisions[-1]) for name, how in others.items()}
+    usual, precision = list(zip(ways, precisions))[-1 if clip.device.type == "cuda" else 0]
+    ways |= {f"{usual}, {name}": case.step(case.made(**how), precision) for name, how in others.items()}
     if with_plain and case.plain is not None:
         ways["plain"] = case.step(case.plain)
     return rows_of(alternating(ways, repetitions), "full fine-tuning step", backbone=clip.name, classes=n_classes, images=batch)
