@@ -9,19 +9,21 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import count, product
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from coft.blackbox import BlackBoxVLM, Pictures
-from coft.clip import PromptEncoder, load_clip, zero_shot_head
+from coft.clip import FrozenCLIP, PromptEncoder, load_clip, text_bytes, weights_digest, zero_shot_head
 from coft.collaborate import CoFTSettings, PromptedModel, cross_validate, first_labels
 from coft.core import generator
-from coft.craft import PromptGenerator, craft_settings, fitness
+from coft.craft import PromptGenerator, fitness
 from coft.data import ArrayImages, Augmentation, batches
 from coft.filtering import Similarities, select_topk
 from coft.glyphs import CHARACTERS, character_name
@@ -29,6 +31,7 @@ from coft.images import FileImages, Part, make_task
 from coft.prompts import dual_prompt_losses
 from coft.protocol import get_method
 from coft.trainer import EncoderWithHead, predict, train
+from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,19 +41,23 @@ from benchmarks import plain
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = ["measure", "backbone", "classes", "context", "images", "way", "note", "part", "unit"]
 LOOKS = "red black white small giant striped spotted golden wooden old wild common northern southern eastern western sea river mountain forest desert garden house field grey blue green brown silver dwarf royal crested".split()
-THINGS = "cat dog horse car truck bird lizard frog fish spider rose tulip daisy oak pine maple apple bread soup cake chair lamp clock guitar drum bridge tower castle boat train plane bicycle".split()
 TOLERANCE = dict(loss=1e-4, gradient=1e-3)
 
 
 def class_names(clip, n):
-    "So many class names that the model's vocabulary can write."
+    "So many class names that the model's vocabulary can write: those of ImageNet, and of more classes these behind an adjective."
     if clip.preset == "embedded":
         made = [f"{character_name(c)}{look}" for look, c in product(("", ", bold", ", thin"), CHARACTERS)]
     else:
-        made = [f"{look} {thing}" for thing, look in product(THINGS, LOOKS)]
+        made = list({name.lower(): name for name in [*IMAGENET_CLASSNAMES, *(" ".join(words) for words in product(LOOKS, IMAGENET_CLASSNAMES))]}.values())
     if n > len(made):
         raise ValueError(f"classes: {n} were asked for; there are names of {len(made)} for {clip.name!r}.")
     return made[:n]
+
+
+def template(clip):
+    "A sentence that the model's vocabulary can write."
+    return "the {}." if clip.preset == "embedded" else "a photo of a {}."
 
 
 def noise(n, size, seed=0):
@@ -171,12 +178,16 @@ class Phase1:
         kind = light_module or ("visual_prompt" if hasattr(clip.model.visual, "class_embedding") else "lora")
         self.settings = replace(CoFTSettings(), n_context=n_context, light_module=kind)
         self.ours = PromptedModel(clip, self.names, self.settings, seed)
-        self.plain = plain.Phase1(clip, self.names, self.ours) if kind == "visual_prompt" else None
         self.images, self.batch = noise(batch, Augmentation().stored_size(clip.image_size)), batch
         rng = generator(seed, "benchmark")
         self.label = torch.from_numpy(rng.integers(n_classes, size=batch)).to(self.device)
         self.u = torch.from_numpy(rng.random(batch)).to(self.device)
         self.epoch = count()
+
+    @cached_property
+    def plain(self):
+        "The plain model, made when it is first asked for, as a copy of what ours is then; None where the plain way has no such light module."
+        return plain.Phase1(self.clip, self.names, self.ours) if self.settings.light_module == "visual_prompt" else None
 
     def draw(self):
         "A batch as training draws it, and the seconds that it took."
@@ -219,6 +230,41 @@ class Phase1:
         return {k: float((found["ours"][k] - found["plain"][k]).norm() / found["plain"][k].norm()) for k in found["plain"]}
 
 
+@contextmanager
+def computed(clip, **how):
+    "Inside this block the towers are computed as `coft.clip.Compute` says of these names."
+    kept, clip.compute = clip.compute, replace(clip.compute, **how)
+    try:
+        yield
+    finally:
+        clip.compute = kept
+
+
+def text_differences(clip, n_classes, n_context=16, chunk=100):
+    """How far the plain way's features of one prompt for every class, and the gradient of their context, are from ours, relative to their size.
+
+    Ours are computed at once, and with memory for half of them, so that the others are computed again for the gradient; the plain way takes `chunk` classes at a time.
+    """
+    names, rng = class_names(clip, n_classes), generator(0, "benchmark", "texts")
+    encoder = PromptEncoder(clip, names, n_context)
+    start, weights = (torch.from_numpy(rng.standard_normal(shape)).float().to(clip.device) for shape in ((n_context, encoder.start.shape[-1]), (n_classes, clip.embed_dim)))
+
+    def made(parts):
+        context, features = (0.02 * start).requires_grad_(), []
+        for encode, w in parts:
+            t = encode(context)
+            (t * w).sum().backward()
+            features.append(t.detach())
+        return {"features": torch.cat(features), "V+": context.grad}
+    slow = made((plain.Prompts(clip, names[i:i + chunk], n_context), weights[i:i + chunk]) for i in range(0, n_classes, chunk))
+    half, found = text_bytes(clip.model, int(encoder.lengths.sum()), 1 + n_context + int(encoder.lengths.max()), learns=True) / 2**31, {}
+    for how, memory in (("at once", clip.compute.text_memory), ("half again", half)):
+        with computed(clip, text_memory=memory):
+            ours = made([(lambda context: encoder(context[None])[0], weights)])
+        found[how] = {k: float((ours[k] - slow[k]).norm() / slow[k].norm()) for k in slow}
+    return found
+
+
 def phase1(clip, n_classes, batch, repetitions, n_context=16, plain_classes=100, precisions=("fp32",)):
     """Rows of a Phase I step, ours in every precision and the plain way in float32.
 
@@ -245,8 +291,17 @@ class FullFineTuning:
 
     def __init__(self, clip, n_classes, batch):
         self.case, self.clip = Phase1(clip, n_classes, batch, light_module="lora"), clip
-        self.ours = EncoderWithHead(clip, n_classes)
-        self.plain = plain.Encoder(clip, self.ours) if hasattr(clip.model.visual, "class_embedding") else None
+        self.ours = self.made()
+
+    @cached_property
+    def plain(self):
+        "The plain encoder, made when it is first asked for, as a copy of what ours is then; None for a ResNet."
+        return plain.Encoder(self.clip, self.ours) if hasattr(self.clip.model.visual, "class_embedding") else None
+
+    def made(self, **how):
+        "Our encoder, computed as `coft.clip.Compute` says of these names."
+        with computed(self.clip, **how):
+            return EncoderWithHead(self.clip, len(self.case.names))
 
     def step(self, model, precision="fp32"):
         "A step of this model: data, image tower, loss, optimiser, whole."
@@ -270,13 +325,22 @@ class FullFineTuning:
         return {k: float((found["ours"][k] - found["plain"][k]).norm() / found["plain"][k].norm()) for k in found["plain"]}
 
 
-def full_fine_tuning(clip, n_classes, batch, repetitions, precisions=("fp32",)):
-    "Rows of a step of full fine-tuning."
+def full_fine_tuning(clip, n_classes, batch, repetitions, precisions=("fp32",), compiled="", with_plain=True):
+    "Rows of a step of full fine-tuning; in the precision that training takes, the last one on a GPU and else the first, also with the tower compiled by a backend of torch.compile, and of a ResNet with its channels last."
     case = FullFineTuning(clip, n_classes, batch)
     ways = {"ours" + (f", {p}" if p != "fp32" else ""): case.step(case.ours, p) for p in precisions}
-    if case.plain is not None:
+    others = ({"compiled": dict(compiled=compiled)} if compiled else {}) | ({"channels last": dict(channels_last=True)} if case.plain is None else {})
+    usual, precision = list(zip(ways, precisions))[-1 if clip.device.type == "cuda" else 0]
+    ways |= {f"{usual}, {name}": case.step(case.made(**how), precision) for name, how in others.items()}
+    if with_plain and case.plain is not None:
         ways["plain"] = case.step(case.plain)
     return rows_of(alternating(ways, repetitions), "full fine-tuning step", backbone=clip.name, classes=n_classes, images=batch)
+
+
+def what_layouts_save(rows):
+    "Rows of how many times faster a step of full fine-tuning is compiled, or with channels last."
+    ways = dict.fromkeys(r["way"] for r in rows)
+    return [found for way in ways for name in ("compiled", "channels last") if way.endswith(f", {name}") for found in ratios(rows, "full fine-tuning step", (way.removesuffix(f", {name}"), "whole"), (way, "whole"))]
 
 
 class Craft:
@@ -288,41 +352,49 @@ class Craft:
         self.pictures = Pictures(noise(n_images, clip.image_size).batch(range(n_images), clip.image_size).numpy())
         self.labels = torch.arange(n_images) % n_classes
         start = self.box.embed_text("the" if clip.preset == "embedded" else "a photo of a")
-        settings = craft_settings("")
-        self.search = PromptGenerator(start, population=population)
-        self.contexts = self.search.context(self.search.ask())
+        self.search, self.width = PromptGenerator(start, population=population), len(start)
         self.prompts = plain.Prompts(clip, self.names, len(start))
         self.v = clip.image_features(torch.from_numpy(self.pictures.pixels))
 
-    def ours(self):
-        "Fitness of all candidates, as a run of `craft` asks for it."
-        return fitness(torch.from_numpy(self.box.logits(self.contexts, self.names, self.pictures, candidates=True)), self.labels, None, 0.0)
+    def generation(self, seed):
+        "Contexts [population, n, w] of candidates that were not asked about before."
+        return self.search.context(generator(seed, "benchmark").standard_normal((self.population, self.search.A.shape[1])))
 
-    def plain(self, candidates=None):
-        "Fitness of the first candidates, one after the other at the full length."
-        contexts = torch.from_numpy(self.contexts[:candidates]).to(self.clip.device)
-        return plain.craft_generation(self.prompts, contexts, self.v, self.labels.to(self.clip.device), self.clip.tau).cpu()
+    def ours(self, contexts):
+        "Fitness of all candidates, as a run of `craft` asks for it."
+        return fitness(torch.from_numpy(self.box.logits(contexts, self.names, self.pictures, candidates=True)), self.labels, None, 0.0)
+
+    def plain(self, contexts):
+        "Fitness of candidates, one after the other at the full length."
+        return plain.craft_generation(self.prompts, torch.from_numpy(contexts).to(self.clip.device), self.v, self.labels.to(self.clip.device), self.clip.tau).cpu()
 
     def differences(self, candidates=None):
         "Largest relative distance of the fitness of a candidate."
-        ours, theirs = self.ours()[:candidates], self.plain(candidates)
+        contexts = self.generation(0)
+        ours, theirs = self.ours(contexts)[:candidates], self.plain(contexts[:candidates])
         return dict(fitness=float(((ours - theirs) / theirs).abs().max()))
 
 
 def craft(clip, n_classes, n_images, repetitions, loop=40):
-    "Rows of one generation of 40 candidates; the plain loop is made for `loop` of them and counted for all."
+    """Rows of one generation of 40 candidates; the plain loop is made for `loop` of them and counted for all.
+
+    Every call asks about a generation of its own, because a box keeps the texts of its last question; in a repetition both ways have the same.
+    """
     case = Craft(clip, n_classes, n_images)
 
-    def timed(call, times):
+    def timed(call, candidates):
+        seeds = count()
+
         def run():
+            contexts = case.generation(next(seeds))[:candidates]
             clock = Clock(clip.device)
-            call()
+            call(contexts)
             clock("whole")
-            return {"whole": clock.parts["whole"] * times}
+            return {"whole": clock.parts["whole"] * case.population / candidates}
         return run
-    ways = {"ours": timed(case.ours, 1), "plain": timed(lambda: case.plain(loop), case.population / loop)}
+    ways = {"ours": timed(case.ours, case.population), "plain": timed(case.plain, loop)}
     notes = {} if loop == case.population else {"plain": f"from {loop} of {case.population} candidates"}
-    return rows_of(alternating(ways, repetitions), "CraFT generation", notes=notes, backbone=clip.name, classes=n_classes, context=case.contexts.shape[1], images=n_images)
+    return rows_of(alternating(ways, repetitions), "CraFT generation", notes=notes, backbone=clip.name, classes=n_classes, context=case.width, images=n_images)
 
 
 def text_tower(clip, n_classes, n_context, repetitions, with_plain=True):
@@ -342,8 +414,9 @@ def text_tower(clip, n_classes, n_context, repetitions, with_plain=True):
 
 
 def prediction(clip, n_classes, n_images, repetitions, batch=64):
-    "Rows of images per second: from an image set to probabilities, and the image tower on prepared pixels."
-    encoder, images = EncoderWithHead(clip, n_classes, zero_shot_head(clip, class_names(clip, n_classes), "the {}." if clip.preset == "embedded" else "a photo of a {}.")), noise(n_images, clip.image_size)
+    "Rows of images per second: to probabilities from pixels in memory and from JPEGs of 375 x 500, decoding included, and the image tower on prepared pixels."
+    encoder, images = EncoderWithHead(clip, n_classes, zero_shot_head(clip, class_names(clip, n_classes), template(clip))), noise(n_images, clip.image_size)
+    files = FileImages(pictures_in_files(n_images), keep_bytes=0)
     ready = [clip.normalize(pixels) for _, pixels in batches(images, range(n_images), batch, clip.image_size)]
 
     @torch.no_grad()
@@ -358,7 +431,8 @@ def prediction(clip, n_classes, n_images, repetitions, batch=64):
             clock("whole")
             return {"whole": n_images / clock.parts["whole"]}
         return run
-    ways = {"ours": rate(lambda: predict(encoder.logits, images, clip.image_size, batch, clip.device)), "image tower alone": rate(bare)}
+    ours = {name: rate(lambda images=images: predict(encoder.logits, images, clip.image_size, batch, clip.device)) for name, images in (("ours", images), ("ours, JPEGs", files))}
+    ways = ours | {"image tower alone": rate(bare)}
     return rows_of(alternating(ways, repetitions), "prediction", "images/s", backbone=clip.name, classes=n_classes, images=n_images)
 
 
@@ -446,27 +520,30 @@ def counted(call):
     return dict(operations=flops.get_total_flops(), bytes=moved.total)
 
 
-def rates(device, precision, n, repetitions):
-    "What the processor does at best: operations per second of a square product of n x n matrices, bytes per second of a copy; the best of several."
+def rates(device, precision, n, repetitions, times=1):
+    "What the processor does at best: operations per second of a square product of n x n matrices, bytes per second of a copy; the best of several, each `times` times in a row."
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b, best = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), {}
-    long, target = torch.zeros(8 * n * n, device=device), torch.zeros(8 * n * n, device=device)
+    product, long = torch.empty_like(a), torch.zeros(8 * n * n, device=device)
+    target = torch.zeros_like(long)
     for _ in range(repetitions + 1):
         clock = Clock(torch.device(device))
-        a @ b
+        for _ in range(times):
+            torch.mm(a, b, out=product)
         clock("product")
-        target.copy_(long)
+        for _ in range(times):
+            target.copy_(long)
         clock("copy")
         for k, v in clock.parts.items():
             best[k] = min(best.get(k, v), v)
-    return dict(operations=2 * n**3 / best["product"], bytes=2 * long.nbytes / best["copy"])
+    return dict(operations=times * 2 * n**3 / best["product"], bytes=times * 2 * long.nbytes / best["copy"])
 
 
-def floor(clip, what, n_classes, batch, repetitions, precision, n=4096):
-    "Rows of a step beside its floor: seconds, seconds that its operations and its bytes take at best, and the share of the matrix rate."
+def floor(clip, what, n_classes, batch, repetitions, precision, n):
+    "Rows of a step beside its floor: seconds, seconds that its operations and its bytes take at best, and the share of the matrix rate; `n` as of `rates`, on a GPU with many products in a row."
     case = Phase1(clip, n_classes, batch) if what == "Phase I step" else FullFineTuning(clip, n_classes, batch)
     step = case.step(case.ours, precision)
-    needs, best = counted(step), rates(clip.device, precision, n, repetitions)
+    needs, best = counted(step), rates(clip.device, precision, n, repetitions, 32 if clip.device.type == "cuda" else 1)
     least = {k: needs[k] / best[k] for k in needs}
     found = [{precision: dict(step=parts["whole"] - parts["data"], operations=least["operations"], bytes=least["bytes"])} for parts in (w["ours"] for w in alternating({"ours": step}, repetitions))]
     where = dict(backbone=clip.name, classes=n_classes, images=batch)
@@ -561,16 +638,28 @@ def reference_path():
         PromptEncoder.forward, PromptEncoder.each, PromptedModel.losses_apart = kept
 
 
-def agreement(clip, task, seeds, **settings):
-    "Rows of the accuracy of CoFT in percent, ours and by the reference path, a repetition for each seed."
+def agreement(clip, task, seeds, measure="accuracy", text_memory=None, **settings):
+    "Rows of the accuracy of CoFT in percent, ours and by the reference path, a repetition for each seed; `text_memory` as of `coft.clip.Compute`, for ours."
     def accuracy(seed):
         return {"accuracy": 100 * float(np.mean([(p.argmax(1) == task.audit.test).mean() for p in get_method("coft", **settings).fit(clip, task, seed, progress=False).predict_all(task.test)]))}
     found = []
     for seed in seeds:
-        ours = accuracy(seed)
+        with computed(clip, **({} if text_memory is None else dict(text_memory=text_memory))):
+            ours = accuracy(seed)
         with reference_path():
             found.append({"ours": ours, "reference": accuracy(seed)})
-    return rows_of(found, "accuracy", "%", backbone=clip.name, classes=len(task.class_names), images=len(task.unlabelled))
+    return rows_of(found, measure, "%", backbone=clip.name, classes=len(task.class_names), images=len(task.unlabelled))
+
+
+def agreement_in_parts(clip, task, seeds, **settings):
+    """As `agreement`, where ours takes its other paths: negative prompts of a batch alone, and texts that are computed again for the gradient.
+
+    A batch has so few images that their labels and complement labels are not all classes; the memory holds half of the tokens of the class names.
+    """
+    lengths = PromptEncoder(clip, task.class_names, 16).lengths
+    memory = text_bytes(clip.model, int(lengths.sum()), 17 + int(lengths.max()), learns=True) / 2**31
+    few = dict(phase1_batch_size=(len(task.class_names) - 1) // 2, n_context=16, top_k=4)
+    return agreement(clip, task, seeds, "accuracy, in parts", memory, **few | settings)
 
 
 def within_the_spread(rows):
@@ -579,7 +668,7 @@ def within_the_spread(rows):
     if len(table) < 2:
         return []
     spread, apart = float(table.reference.std()), abs(float((table.ours - table.reference).mean()))
-    return rows_of([{"ours, reference": {"apart": 0.0 if not apart else apart / spread if spread else float("inf")}}], "accuracy", "standard deviations", **{k: rows[0][k] for k in ("backbone", "classes", "images")})
+    return rows_of([{"ours, reference": {"apart": 0.0 if not apart else apart / spread if spread else float("inf")}}], rows[0]["measure"], "standard deviations", **{k: rows[0][k] for k in ("backbone", "classes", "images")})
 
 
 def pictures_in_files(n, side=(375, 500)):
@@ -592,16 +681,19 @@ def pictures_in_files(n, side=(375, 500)):
     return files
 
 
-def feeding(size, n_images, repetitions, batch=64, processes=2, side=(375, 500)):
-    "Rows of random views per second from JPEGs, for a step that takes no time: decoded in turn in threads, ahead in other processes, and kept from the pass before."
+def feeding(size, n_images, repetitions, batch=64, processes=2, side=(375, 500), device="cpu"):
+    """Rows of random views per second from JPEGs, for a step that takes no time: decoded in turn in threads, ahead in other processes, and kept from the pass before.
+
+    The views are made on `device`; to a GPU the images go through pinned memory.
+    """
     files, epoch = pictures_in_files(n_images, side), count()
 
     def rate(keep_bytes, workers):
         images = FileImages(files, keep_bytes=keep_bytes)
 
         def run():
-            clock = Clock(torch.device("cpu"))
-            for _ in batches(images, range(n_images), batch, size, (0, "feeding", next(epoch)), Augmentation(), workers=workers):
+            clock = Clock(torch.device(device))
+            for _ in batches(images, range(n_images), batch, size, (0, "feeding", next(epoch)), Augmentation(), device=device, workers=workers):
                 pass
             clock("whole")
             return {"whole": n_images / clock.parts["whole"]}
@@ -611,28 +703,105 @@ def feeding(size, n_images, repetitions, batch=64, processes=2, side=(375, 500))
 
 
 def whole_run(clip, n_images, n_classes, side=(375, 500), **settings):
-    "Row of the minutes that CoFT takes with the settings of the paper on so many JPEGs, decoding included."
-    task = make_task("benchmark", class_names(clip, n_classes), Part(pictures_in_files(n_images, side)), template="the {}." if clip.preset == "embedded" else "a photo of a {}.")
+    """Row of the minutes that CoFT takes with the settings of the paper on so many JPEGs, decoding included.
+
+    The labels of a model with random weights may pass no judge, so nobody judges them: all images are learned from, which takes longest.
+    """
+    task = make_task("benchmark", class_names(clip, n_classes), Part(pictures_in_files(n_images, side)), template=template(clip))
     begin = time.perf_counter()
-    get_method("coft", "paper", **settings).fit(clip, task, progress=False)
-    return rows_of([{"ours": {"whole": (time.perf_counter() - begin) / 60}}], "CoFT", "min", backbone=clip.name, classes=n_classes, images=n_images)
+    fitted = get_method("coft", "paper", **dict(judge="nobody") | settings).fit(clip, task, progress=False)
+    minutes, accepted = (time.perf_counter() - begin) / 60, [int(fitted.trace[f"accepted_{g}"].sum()) for g in (1, 2)]
+    return rows_of([{"ours": {"whole": minutes}}], "CoFT", "min", notes={"ours": f"{accepted[0]} and {accepted[1]} labels accepted"}, backbone=clip.name, classes=n_classes, images=n_images)
 
 
-def peak_memory(**case):
+def peak_memory(note="", **case):
     "Row of the peak memory of one step in a process of its own; arguments as of `benchmarks.peak.one`."
     done = subprocess.run([sys.executable, "-m", "benchmarks.peak", json.dumps(case)], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the memory of {case} could not be measured:\n{done.stderr.strip()}")
     told = json.loads(done.stdout.splitlines()[-1])
     where = dict(backbone=case["backbone"], classes=case["n_classes"], images=case["batch"])
-    return rows_of([{case["way"]: {"step": told["step_mb"], "process": told["peak_mb"]}}], f"peak memory, {case['what']}", "MB", **where)
+    return rows_of([{case["way"]: {"step": told["step_mb"], "process": told["peak_mb"]}}], f"peak memory, {case['what']}", "MB", notes={case["way"]: note}, **where)
+
+
+def peaks(cases, repetitions):
+    "Rows of the peak memory of every case, in turn, forwards and backwards; `cases` are arguments of `peak_memory`."
+    return [row | dict(repetition=r) for r in range(repetitions) for case in (cases if r % 2 == 0 else cases[::-1]) for row in peak_memory(**case)]
 
 
 def memory_per_class(rows):
     "Rows of the memory of a step for every further class, ours over the plain way's, from the fewest to the most classes of both; none where it does not grow there."
-    table = pd.DataFrame(rows).query("part == 'step'").pivot_table(index="classes", columns="way", values="value").dropna()
-    if len(table) < 2 or table.plain.iloc[-1] <= table.plain.iloc[0]:
-        return []
-    grown = table.iloc[-1] - table.iloc[0]
+    table, found = pd.DataFrame(rows).query("part == 'step'").pivot_table(index=["repetition", "classes"], columns="way", values="value").dropna(), []
+    for _, one in table.groupby("repetition"):
+        grown, counts = one.iloc[-1] - one.iloc[0], one.index.get_level_values("classes")
+        if grown.plain > 0:
+            found.append({"ours / plain": {"per class": float(grown.ours / grown.plain)}})
     where = {k: rows[0][k] for k in ("backbone", "images", "measure")}
-    return rows_of([{"ours / plain": {"per class": float(grown.ours / grown.plain)}}], unit="times", notes={"ours / plain": f"from {table.index[0]} to {table.index[-1]} classes"}, **where)
+    return rows_of(found, unit="times", notes={"ours / plain": f"from {counts[0]} to {counts[-1]} classes"}, **where) if found else []
+
+
+def narrow_clip(device="cpu"):
+    "A model with random weights whose towers have two blocks of 64 numbers, and with the vocabulary and the 77 tokens of CLIP: what grows with the classes is most of its memory."
+    torch.manual_seed(0)
+    tower = dict(width=64, layers=2)
+    net = open_clip.CLIP(64, dict(image_size=32, patch_size=16, head_width=32, **tower), dict(heads=2, **tower), quick_gelu=True)
+    return FrozenCLIP(net.to(device), open_clip.get_tokenizer("ViT-B-32"), "narrow", "random", weights_digest(net))
+
+
+def many_classes(n_classes, text_memory, repetitions, batch=32, device="cpu"):
+    "Rows of the peak memory of a Phase I step of `narrow_clip`: with 100 classes, with so many and `text_memory` GiB for their texts, and with as much as these want."
+    case = dict(what="Phase I step", way="ours", backbone="narrow", pretrained=None, batch=batch, device=device)
+    told = f"text memory {text_memory:g} GiB"
+    return peaks([case | dict(n_classes=n, text_memory=memory, note=note) for n, memory, note in ((min(100, n_classes), text_memory, told), (n_classes, text_memory, told), (n_classes, 1024.0, "text memory without bound"))], repetitions)
+
+
+@dataclass(frozen=True)
+class Aim:
+    "What was aimed at, and where in the table it is found."
+    what: str
+    bound: str  # "at least", "at most" or "more than"
+    number: float
+    measure: str
+    way: str
+    part: str
+    where: dict = field(default_factory=dict)  # further columns
+    gpu: bool = False  # whether it is meant for a GPU alone
+    backbone: str = ""  # the one that is looked at closely, by default
+
+    def reached(self, value):
+        return {"at least": value >= self.number, "at most": value <= self.number, "more than": value > self.number}[self.bound]
+
+    def row(self, table, backbone, on_gpu):
+        "The aim beside what the summary `table` has of it: median, quartiles where it was measured more than once, and whether the median is on the right side."
+        wanted = dict(measure=self.measure, way=self.way, part=self.part, backbone=self.backbone or backbone) | self.where
+        fit = table[np.logical_and.reduce([table[k] == v for k, v in wanted.items()])] if on_gpu or not self.gpu else table[:0]
+        told = {"what": self.what, "aim": f"{self.bound} {self.number:g}"}
+        if not len(fit):
+            return told | {"measured": "not measured", "reached": ""}
+        one = fit.iloc[-1]
+        spread = f" ({one.q1:.3g} to {one.q3:.3g})" if one.repetitions > 1 else ""
+        return told | {"measured": f"{one['median']:.3g}{spread}" + f" {one.note}" * bool(one.note), "reached": "yes" if self.reached(one["median"]) else "no"}
+
+
+P, PLAIN = "Phase I step", "plain / ours"
+AIMS = (
+    Aim("text tower, times faster, 100 classes", "at least", 15, P, PLAIN, "text tower", dict(classes=100)),
+    Aim("whole step, times faster, 100 classes", "at least", 1.7, P, PLAIN, "whole", dict(classes=100)),
+    Aim("whole step, times faster, 1,000 classes", "at least", 7, P, PLAIN, "whole", dict(classes=1000)),
+    Aim("whole step over its image tower, 100 classes", "at most", 1.15, P, "ours", "whole / image tower", dict(classes=100)),
+    Aim("whole step over its image tower, 1,000 classes", "at most", 1.35, P, "ours", "whole / image tower", dict(classes=1000)),
+    Aim("whole step, times faster in bf16, 100 classes", "more than", 1, P, "ours / ours, bf16", "whole", dict(classes=100)),
+    Aim("peak memory over the plain way's, 100 classes", "at most", 0.5, f"peak memory, {P}", "ours / plain", "process", dict(classes=100)),
+    Aim("memory of a further class over the plain way's", "at most", 0.15, f"peak memory, {P}", "ours / plain", "per class"),
+    Aim("CraFT generation, times faster, 100 classes", "at least", 10, "CraFT generation", PLAIN, "whole", dict(classes=100)),
+    Aim("prediction over the image tower's own rate", "at least", 0.9, "prediction", "ours / image tower alone", "whole"),
+    Aim("image tower in the main job's training time (%)", "at least", 80, "training, both phases", "training", "image tower", backbone="embedded"),
+    Aim("accuracies apart from the reference path (standard deviations over seeds)", "at most", 1, "accuracy", "ours, reference", "apart", backbone="embedded"),
+    Aim("the same with negative prompts of a batch alone and texts computed again", "at most", 1, "accuracy, in parts", "ours, reference", "apart", backbone="embedded"),
+    Aim("full fine-tuning, share of the card's bf16 matrix rate (%)", "at least", 45, "floor, full fine-tuning step", "bf16", "share of the matrix rate", gpu=True),
+    Aim("CoFT on 4,000 images of 224 pixels (min)", "at most", 5, "CoFT", "ours", "whole", dict(images=4000), gpu=True))
+
+
+def aims(table, backbone, on_gpu):
+    "All aims beside what was measured with the model that is looked at closely."
+    return pd.DataFrame([aim.row(table, backbone, on_gpu) for aim in AIMS])

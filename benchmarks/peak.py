@@ -7,13 +7,14 @@ what its parent had when it started it.
 import json
 import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
 from coft.clip import load_clip
 
-from benchmarks.measure import FullFineTuning, Phase1
+from benchmarks.measure import FullFineTuning, Phase1, narrow_clip
 
 STATUS, REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -34,9 +35,11 @@ def forget_peak():
     return peak_bytes() < before
 
 
-def one(what, way, backbone, pretrained, n_classes, batch, device="cpu", precision="fp32"):
-    "Memory of one step of `way`, \"ours\" or \"plain\"."
-    clip = load_clip(backbone, pretrained, device)
+def one(what, way, backbone, pretrained, n_classes, batch, device="cpu", precision="fp32", text_memory=None):
+    "Memory of one step of `way`, \"ours\" or \"plain\"; `backbone` \"narrow\" is that of `narrow_clip`, `text_memory` as of `coft.clip.Compute`."
+    clip = narrow_clip(device) if backbone == "narrow" else load_clip(backbone, pretrained, device)
+    if text_memory is not None:
+        clip.compute = replace(clip.compute, text_memory=text_memory)
     case = Phase1(clip, n_classes, batch) if what == "Phase I step" else FullFineTuning(clip, n_classes, batch)
     step = case.step(getattr(case, way), precision)
     if clip.device.type == "cuda":

@@ -3,7 +3,8 @@ import warnings
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from itertools import combinations, islice, permutations
+from itertools import combinations, islice, permutations, product
+from string import ascii_lowercase
 
 import coft.filtering
 import numpy as np
@@ -195,6 +196,18 @@ def test_memory_for_the_gradient_is_what_the_law_says(exact, sets):
     parts = []
     in_parts(exact, lambda part, length: parts.append(len(part)) or torch.zeros(len(part), 1), encoder.lengths, sets, True, 17)
     assert sum(parts) == len(names) and max(parts) <= 4, "and has at most a quarter of it when its turn comes"
+
+
+def test_21_000_classes_keep_what_was_stated_for_their_texts_and_learn(clip):
+    many = small_clip(tokenizer=clip.tokenizer)
+    encoder = PromptEncoder(many, [f"{kind} {' '.join(letters)}" for kind in ("letter", "digit") for letters in product(ascii_lowercase, repeat=3)][:21_000], 4)
+    leaf = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0), dtype=torch.double).requires_grad_()
+    wanted = text_bytes(many.model, 21_000 * encoder.length, 5 + encoder.length, learns=True)
+    many.compute = Compute(text_memory=wanted / 20 / 2**30)
+    kept, out = kept_bytes(lambda: encoder(leaf), many.model)
+    assert out.shape == (1, 21_000, 16)
+    assert 0.3 * wanted / 20 < kept < wanted / 20 + 2 * out.nbytes, "beside the stated memory there are the features"
+    assert torch.autograd.grad(out[0, -1].sum(), leaf)[0].abs().max() > 0, "the last part is one that is computed again"
 
 
 @pytest.mark.parametrize("l2_grad", L2_GRAD)
