@@ -295,6 +295,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                    'coft/collaborate.py'),
                                   'coft.collaborate._add_given': ('collaborate.html#_add_given', 'coft/collaborate.py'),
                                   'coft.collaborate._with_given': ('collaborate.html#_with_given', 'coft/collaborate.py'),
+                                  'coft.collaborate._without_given': ('collaborate.html#_without_given', 'coft/collaborate.py'),
                                   'coft.collaborate.check_label_model': ('collaborate.html#check_label_model', 'coft/collaborate.py'),
                                   'coft.collaborate.contrast_views': ('collaborate.html#contrast_views', 'coft/collaborate.py'),
                                   'coft.collaborate.cross_validate': ('collaborate.html#cross_validate', 'coft/collaborate.py'),

@@ -227,17 +227,19 @@ def filling_sentences(
     P:np.ndarray, # [N, C] probabilities that the labels were selected by
     index:np.ndarray, # selected images [n], pseudo-labels only
     labels:np.ndarray, # their labels [n]
-    believed:np.ndarray, # [n] bool, from `believed_labels`
+    believed:np.ndarray|None, # [n] bool, from `believed_labels`; None where no models judge
     top_k:int, # K, images of a class that were asked for
     class_names, # C names
+    who:str="", # who found them, where it is not zero-shot
 )->list: # sentences
     "Which classes were found in too few images, and what their labels look like"
-    C, filled = len(class_names), filled_labels(P, index, labels)
-    found, taken, by_filling, right = (np.bincount(a, minlength=C) for a in (P.argmax(1), labels, labels[filled], labels[filled & believed]))
+    C, filled, by = len(class_names), filled_labels(P, index, labels), f" by {who}" * bool(who)
+    found, taken, by_filling = (np.bincount(a, minlength=C) for a in (P.argmax(1), labels, labels[filled]))
     def ending(k):
         if not by_filling[k]: return f"its {top_k} starting labels were left incomplete"
-        return f"its {taken[k]} starting labels were completed with the nearest others; {right[k]} of these {by_filling[k]} look right to both models"
-    return shortened((f"Class {class_names[k]!r} was found in only {found[k]} images; {ending(k)}." for k in np.flatnonzero(found < top_k)), f"classes were found in fewer than {top_k} images")
+        looks = "" if believed is None else f"; {(labels[filled & believed] == k).sum()} of these {by_filling[k]} look right to both models"
+        return f"its {taken[k]} starting labels were completed with the nearest others{looks}"
+    return shortened((f"Class {class_names[k]!r} was found in only {found[k]} images{by}; {ending(k)}." for k in np.flatnonzero(found < top_k)), f"classes were found in fewer than {top_k} images{by}")
 
 # %% ../nbs/05_filtering.ipynb #51600004
 SIGNS = {"filled": "starting labels that came by filling", "filled_believed": "of these, labels that look right to both models", "selected_believed": "starting labels that look right to both models",

@@ -1,12 +1,15 @@
 "Warning signs that need no label: counted one image at a time, told in sentences, kept in records."
+import re
+
 import numpy as np
 import pytest
-from coft.collaborate import CoFT, CoFTSemi, cross_validate
+from coft.collaborate import CoFT, CoFTPlus, CoFTSemi, cross_validate
 from coft.experiment import find_or_run
 from coft.filtering import SIGNS, Similarities, believed_labels, filled_labels, filling_sentences, select_topk, warning_signs
 from coft.ours import CoFTX
 from coft.results import Records
-from helpers import QUICK
+from coft.rivals import TopK
+from helpers import QUICK, QUICK_PLUS
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,26 @@ def test_filling_is_told_with_what_looks_right(example):
     assert told == [f"Class 'cow' was found in only {found} images; its 6 starting labels were completed with the nearest others; {int((filled & believed & (labels == 2)).sum())} of these {n} look right to both models."]
     own = select_topk(P, 6, fill_short=False)
     assert filling_sentences(P, *own, believed_labels(views, *own), 6, ["cat", "dog", "cow"]) == [f"Class 'cow' was found in only {found} images; its 6 starting labels were left incomplete."]
+
+
+def test_the_filling_of_the_last_round_is_told_for_each_model(clip, task):
+    "With 18 images of each of four classes all 72 are taken, and every class that is found less often is completed."
+    fitted = CoFTPlus(**QUICK_PLUS | dict(top_k=18, phase1_epochs=1)).fit(clip, task, progress=False)
+    expected = []
+    for g in (1, 2):
+        found = np.bincount(fitted.trace[f"round1_labels_{g}"], minlength=4)
+        expected += [f"Class {name!r} was found in only {n} images by model {g} in round 2; its 18 starting labels were completed with the nearest others; # of these {18 - n} look right to both models." for name, n in zip(task.class_names, found) if n < 18]
+    told = [re.sub(r"\d+ of these", "# of these", m) for m in fitted.messages if "in round 2;" in m]
+    assert told == expected and len(expected) > 1
+    assert not any("in round" in m for m in CoFTPlus(**QUICK_PLUS | dict(top_k=18, rounds=1, contrastive=False)).fit(clip, task, progress=False).messages)
+
+
+@pytest.mark.parametrize("fill_short, end", [(True, "were completed with the nearest others."), (False, "were left incomplete.")])
+def test_top_k_tells_its_filling_without_a_word_about_beliefs(clip, task, monkeypatch, fill_short, end):
+    P = np.tile(np.array([0.1, 0.2, 0.3, 0.4], np.float32), (72, 1))
+    monkeypatch.setattr("coft.collaborate.softmax_probabilities", lambda *args: P)
+    told = TopK(preset="paper", top_k=4, epochs=1, fill_short=fill_short).fit(clip, task, progress=False).messages
+    assert told == [f"Class {name!r} was found in only 0 images; its 4 starting labels {end}" for name in task.class_names[:3]]
 
 
 def test_a_run_and_its_record_carry_the_signs(clip, task, quick_run, tmp_path):
