@@ -293,8 +293,8 @@ class CoFT(Method):
     def _fit(self, run):
         check_head(run.settings.head_init, run.settings.head_input, run.clip)
         given = self.given(run)
-        fitted, models, views = self._rounds(labelling_run(run), given)
-        directions = [_with_given(d, given, run.settings) for d in self.validate(views, run.settings)]
+        fitted, models, verdicts = self._rounds(labelling_run(run), given)
+        directions = [_with_given(d, given, run.settings) for d in verdicts]
         members, messages, histories = [], list(fitted.messages), dict(fitted.trace["histories"])
         for g, (labels, accepted, _) in enumerate(directions):
             messages += selection_warnings(labels, accepted, run.task.class_names, f"model {g + 1}")
@@ -317,7 +317,7 @@ class CoFT(Method):
         s, names = run.settings, run.task.class_names
         self.Model(run.clip, names, s, run.seed) # what cannot be built is said before any image is looked at
         P, _ = first_labels(run.clip, run.task, s.template_set)
-        chosen = [_add_given(self.select, P, s, given)] * 2
+        ranked, chosen = [P] * 2, [_add_given(self.select, P, s, given)] * 2
         chosen_first = chosen[0]
         found, trace, messages, histories = [], {"zero_shot": P, "selected_index": chosen[0][0], "selected_labels": chosen[0][1], "given_index": given[0]}, [], {}
         for r in range(1, s.rounds + 1):
@@ -330,16 +330,19 @@ class CoFT(Method):
                 models.append(model)
             views = similarities(models, run.task.unlabelled)
             messages += [w for g, v in enumerate(views) for w in collapse_warning(v.labels, names, f"model {g + 1} of Phase I" + (f", round {r}" if r > 1 else ""))]
+            verdicts = self.validate(views, s)
             if r == s.rounds: break
-            trace |= {f"round{r}_{k}_{g + 1}": d[i] for g, d in enumerate(self.validate(views, s)) for i, k in enumerate(("labels", "accepted"))}
-            chosen = [_add_given(self.select, v.ranking(s.rank_by), s, given) for v in views]
+            trace |= {f"round{r}_{k}_{g + 1}": d[i] for g, d in enumerate(verdicts) for i, k in enumerate(("labels", "accepted"))}
+            ranked = [v.ranking(s.rank_by) for v in views]
+            chosen = [_add_given(self.select, of, s, given) for of in ranked]
             trace |= {f"round{r + 1}_selected_{k}_{g + 1}": c[i] for g, c in enumerate(chosen) for i, k in enumerate(("index", "labels"))}
-        index, labels = (c[~np.isin(chosen_first[0], given[0])] for c in chosen_first)
+        index, labels = _without_given(chosen_first, given)
         believed, filled = believed_labels(views, index, labels), filled_labels(P, index, labels)
-        messages = filling_sentences(P, index, labels, believed, s.top_k, names) + messages
-        trace |= {"histories": histories, "found_phases": found, "signs": warning_signs(P, index, labels, views)} | {f"phase1_probabilities_{g + 1}": v.probabilities for g, v in enumerate(views)}
+        last = [(of, *_without_given(c, given)) for of, c in zip(ranked, chosen)] if s.rounds > 1 else []
+        messages = filling_sentences(P, index, labels, believed, s.top_k, names) + [w for g, (of, *pairs) in enumerate(last) for w in filling_sentences(of, *pairs, believed_labels(views, *pairs), s.top_k, names, f"model {g + 1} in round {s.rounds}")] + messages
+        trace |= {"histories": histories, "found_phases": found, "signs": warning_signs(P, index, labels, views, verdicts, given[0])} | {f"phase1_probabilities_{g + 1}": v.probabilities for g, v in enumerate(views)}
         facts = {"unlabelled images": len(P), "images in S*": len(index)} | ({"of these, completed with the nearest others": f"{filled.sum()}, of which {(filled & believed).sum()} look right to both models"} if filled.any() else {}) | ({"images with a given label": len(given[0])} if len(given[0]) else {}) | {"images on which both models agree after Phase I": f"{100 * (views[0].labels == views[1].labels).mean():.1f} %"}
-        return Fitted((*self.stages, self.name)[0], names, [m.member() for m in models], facts=facts, messages=messages, trace=trace), models, views
+        return Fitted((*self.stages, self.name)[0], names, [m.member() for m in models], facts=facts, messages=messages, trace=trace), models, verdicts
 
 # %% ../nbs/07_collaborate.ipynb #fcf5a120
 class CoFTPhase1(Method):
@@ -359,6 +362,10 @@ def _add_given(select, P, settings, given):
     index, labels = select(P[free], settings)
     if settings.given_labels == "phase2": given = [g[:0] for g in given]
     return np.concatenate([free[index], given[0]]), np.concatenate([labels, given[1]])
+
+def _without_given(chosen, given):
+    "The pseudo-labels among what `_add_given` gave"
+    return tuple(c[~np.isin(chosen[0], given[0])] for c in chosen)
 
 def _with_given(direction, given, settings):
     "Given labels are right, whatever the models say, unless Phase I alone is given them"

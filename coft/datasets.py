@@ -12,7 +12,7 @@ __all__ = ['INFO', 'DATASETS', 'SECOND_NAMES', 'CIFAR_CROP', 'COOP_GUIDE', 'NOIS
 # %% ../nbs/02b_datasets.ipynb #b69514de
 import json, os
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -329,6 +329,11 @@ def _described(name, info, augmentation):
     templates = SMALL_TEMPLATES if info.size else tuple(dict.fromkeys((*COOP_TEMPLATES, info.template)))
     return dict(template=info.template, templates=templates, llm_templates=llm_templates(name), augmentation=augmentation)
 
+def _files(folder): return tuple((str(f.absolute()), f.stat().st_mtime_ns, f.stat().st_size) for f in sorted(folder.glob("*")) if f.is_file())
+
+@lru_cache(2)
+def _kept(make, name, info, root, check_counts, files): return make(name, info, root, check_counts)
+
 def _packed(info, root): return bool(info.tables) and (root/info.tables/"train.parquet").is_file() and not (info.reader != "held_out" and _image_folders(info, root))
 
 def _download(name, info, root):
@@ -346,9 +351,9 @@ def dataset_task(
     "A data set of the papers as a task"
     info, root = DATASETS[name], find_root(name, data_root)
     if download: _download(name, info, root)
-    if _packed(info, root): return table_task(name, info, root, check_counts)
+    if _packed(info, root): return _kept(table_task, name, info, root, check_counts, _files(root/info.tables))
     if info.reader == "held_out": raise _missing(info, root, root/info.tables/info.split)
-    if info.reader == "cifar": return cifar_task(name, info, root, check_counts)
+    if info.reader == "cifar": return _kept(cifar_task, name, info, root, check_counts, _files(root/info.folder))
     found = READERS[info.reader](info, root)
     if check_counts: _check_counts(name, info, found.class_names, found.train, found.test)
     absent = [path for path, _ in [*found.train, *found.test] if not os.path.exists(path)]

@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
+from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,11 +24,12 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
-import coft.harder, coft.rivals
+import coft.rivals
 from .clip import PROFILE_MODELS, FrozenCLIP, check_device, compute_from, load_clip
 from .core import check_choice, check_flag, check_number, expect_error, replace_file, sha256_of
-from .data import PROFILE_TASKS, TASKS, load_task, sample_task
+from .data import PROFILE_TASKS, TASKS, load_task
 from .filtering import selection_report
+from .harder import at_most
 from .processes import is_main, join_processes, n_processes, once
 from .protocol import METHODS, PRESET_NAMES, get_method
 from .results import REVISION, SCHEMA, Records, accuracy_table, git_state, installed_versions, machine_name, measured, published_names, published_table, record_key, table_markdown
@@ -113,9 +115,9 @@ class Parameters:
         return tracking(self.trackers, project_root()/(self.logging_dir or Path(self.out_dir)/"curves"))
 
     def load(self, task:str): # `Task`
-        "A task, with no more unlabelled images than were asked for"
-        whole = load_task(task, self.data_root)
-        return whole if self.unlabelled is None or len(whole.unlabelled) <= self.unlabelled else sample_task(whole, n_train=self.unlabelled)
+        "A task, with no more unlabelled images than were asked for; one that is made from another task cuts that one first"
+        itself = "unlabelled" in signature(TASKS[check_choice("task", task, TASKS)]).parameters
+        return at_most(load_task(task, self.data_root, **dict(unlabelled=self.unlabelled) if itself else {}), self.unlabelled)
 
 
 # %% ../nbs/12_experiment.ipynb #bf260b86

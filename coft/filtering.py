@@ -227,17 +227,19 @@ def filling_sentences(
     P:np.ndarray, # [N, C] probabilities that the labels were selected by
     index:np.ndarray, # selected images [n], pseudo-labels only
     labels:np.ndarray, # their labels [n]
-    believed:np.ndarray, # [n] bool, from `believed_labels`
+    believed:np.ndarray|None, # [n] bool, from `believed_labels`; None where no models judge
     top_k:int, # K, images of a class that were asked for
     class_names, # C names
+    who:str="", # who found them, where it is not zero-shot
 )->list: # sentences
     "Which classes were found in too few images, and what their labels look like"
-    C, filled = len(class_names), filled_labels(P, index, labels)
-    found, taken, by_filling, right = (np.bincount(a, minlength=C) for a in (P.argmax(1), labels, labels[filled], labels[filled & believed]))
+    C, filled, by = len(class_names), filled_labels(P, index, labels), f" by {who}" * bool(who)
+    found, taken, by_filling = (np.bincount(a, minlength=C) for a in (P.argmax(1), labels, labels[filled]))
     def ending(k):
         if not by_filling[k]: return f"its {top_k} starting labels were left incomplete"
-        return f"its {taken[k]} starting labels were completed with the nearest others; {right[k]} of these {by_filling[k]} look right to both models"
-    return shortened((f"Class {class_names[k]!r} was found in only {found[k]} images; {ending(k)}." for k in np.flatnonzero(found < top_k)), f"classes were found in fewer than {top_k} images")
+        looks = "" if believed is None else f"; {(labels[filled & believed] == k).sum()} of these {by_filling[k]} look right to both models"
+        return f"its {taken[k]} starting labels were completed with the nearest others{looks}"
+    return shortened((f"Class {class_names[k]!r} was found in only {found[k]} images{by}; {ending(k)}." for k in np.flatnonzero(found < top_k)), f"classes were found in fewer than {top_k} images{by}")
 
 # %% ../nbs/05_filtering.ipynb #51600004
 SIGNS = {"filled": "starting labels that came by filling", "filled_believed": "of these, labels that look right to both models", "selected_believed": "starting labels that look right to both models",
@@ -249,14 +251,16 @@ def warning_signs(
     index:np.ndarray, # images with a starting label [n], pseudo-labels only
     labels:np.ndarray, # their labels [n]
     views, # two `Similarities` of all N images, after Phase I
+    verdicts, # per model, its labels [N] and which of them were accepted [N] bool; more may follow, as in `cross_validate`
+    given=(), # images with a given label, which no sign counts
 )->dict: # sign -> percent, a key of `SIGNS`; None where there is nothing to count
     "What can be said of a run without any label"
     share = lambda hits: round(100 * float(np.mean(hits)), 2) if len(hits) else None
     filled, believed = filled_labels(P, index, labels), believed_labels(views, index, labels)
-    own, first = [v.labels for v in views], np.asarray(P).argmax(1)
-    accepted = [views[1 - g].holds_clean(np.arange(len(own[g])), own[g]) for g in (0, 1)]
+    judged = np.setdiff1d(np.arange(len(P)), given)
+    own, accepted, first = [d[0][judged] for d in verdicts], [d[1][judged] for d in verdicts], np.asarray(P)[judged].argmax(1)
     sizes = sum(np.bincount(own[g][accepted[g]], minlength=np.shape(P)[1]) for g in (0, 1))
     by_equal_share = lambda n: round(100 * float(n * len(sizes) / sizes.sum()), 2) if sizes.any() else None
     return {"filled": share(filled), "filled_believed": share(believed[filled]), "selected_believed": share(believed), "changed": share(np.concatenate([y != first for y in own])),
             "agreement": share(own[0] == own[1]), "rejected": share(~np.concatenate(accepted)), "rejected_twice": share(~accepted[0] & ~accepted[1]),
-            "fits_none": share(np.logical_and(*((v.positive <= v.negative).all(1) for v in views))), "smallest_class": by_equal_share(sizes.min()), "largest_class": by_equal_share(sizes.max())}
+            "fits_none": share(np.logical_and(*((v.positive <= v.negative).all(1) for v in views))[judged]), "smallest_class": by_equal_share(sizes.min()), "largest_class": by_equal_share(sizes.max())}

@@ -7,14 +7,15 @@ __all__ = ['NINE', 'PAPERS_NAMES', 'ANOTHER_SETTING', 'ROUND_QUANTITIES', 'CROWD
            'not_run_markdown', 'stop', 'official_settings', 'run_tasks', 'rehearse', 'estimate', 'protocol_markdown',
            'beside_published', 'label_rounds', 'accepted_labels', 'plot_label_rounds', 'label_figures', 'time_figure',
            'overtaken_at', 'by_grid', 'mislabelled', 'taught_by', 'with_relatives', 'shown_with', 'signs_and_gains',
-           'foretelling', 'caught_strangers', 'accuracy_of_classes']
+           'foretelling', 'warnings_beside_gains', 'caught_strangers', 'accuracy_of_classes']
 
 # %% ../nbs/12b_pages.ipynb #7ab10004
-import re
+import re, warnings
 from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pandas as pd
+from scipy.stats import DegenerateDataWarning, bootstrap, rankdata
 
 from .clip import load_clip
 from .core import check_choice
@@ -329,10 +330,20 @@ def signs_and_gains(
 
 def foretelling(
     table:pd.DataFrame, # from `signs_and_gains`
-)->pd.DataFrame: # a row per sign: words, rank correlation with the gain, number of runs that have it; the strongest first
-    "Which signs go with harm: those with a negative correlation grow where the method loses"
-    rows = [dict(sign=SIGNS[k], correlation=part.gain.corr(part[k], "spearman") if len(part) > 2 and part[k].nunique() > 1 else np.nan, runs=len(part)) for k in SIGNS for part in [table[["gain", k]].dropna()]]
+)->pd.DataFrame: # a row per sign: words, rank correlation with the gain, its 95 % interval, number of folders that have the sign; the strongest first
+    "Which signs go with harm, each folder counted once: those with a negative correlation grow where the method loses"
+    folders = table.groupby("task", sort=False)[["gain", *SIGNS]].mean()
+    rows = [dict(sign=SIGNS[k], **_rank_correlation(part.gain, part[k]), folders=len(part)) for k in SIGNS for part in [folders[["gain", k]].dropna()]]
     return pd.DataFrame(rows).sort_values("correlation", key=lambda c: -c.abs(), kind="stable", ignore_index=True).round(2)
+
+def warnings_beside_gains(
+    table:pd.DataFrame, # from `signs_and_gains`
+    rules:dict, # sign -> whether a value of it, in percent, is a warning
+)->pd.DataFrame: # a row per rule: words, and runs that are warned of, "n of N"
+    "How often a warning is given in folders where the method did harm, its mean gain over seeds being below 0, and in the others"
+    harmed = table.groupby("task").gain.transform("mean") < 0
+    count = lambda k, among: f"{sum(map(rules[k], table[k][among]))} of {among.sum()}"
+    return pd.DataFrame([{"warning": SIGNS[k], "runs in folders with harm": count(k, harmed), "runs in the others": count(k, ~harmed)} for k in rules])
 
 def caught_strangers(
     runs:list, # records; those of tasks with images of none of the classes count
@@ -354,3 +365,18 @@ def accuracy_of_classes(
         right, among = records.arrays(r["key"])["test_right"].mean(0), np.isin(p.load(r["task"]).audit.test, classes)
         rows.append(dict(method=r["method"], these=100 * right[among].mean(), others=100 * right[~among].mean()))
     return pd.DataFrame(rows, columns=["method", "these", "others"]).groupby("method", sort=False).mean().round(1).reset_index()
+
+# %% ../nbs/12b_pages.ipynb #7ab10037
+def _spearman(x, y, axis=-1):
+    "Of many pairs of rows at once; NaN where one of them does not vary"
+    x, y = (r - r.mean(axis, keepdims=True) for r in (rankdata(v, axis=axis) for v in (x, y)))
+    with np.errstate(invalid="ignore"): return (x * y).sum(axis) / np.sqrt((x**2).sum(axis) * (y**2).sum(axis))
+
+def _rank_correlation(x, y):
+    "Spearman's, with a bootstrap interval over the pairs"
+    names, x, y = ("correlation", "low", "high"), np.asarray(x), np.asarray(y)
+    if len(x) < 3 or not np.ptp(x) or not np.ptp(y): return dict.fromkeys(names, np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning) # draws of one folder alone
+        draws = bootstrap((x, y), _spearman, paired=True, vectorized=True, method="percentile", random_state=0).bootstrap_distribution
+    return dict(zip(names, (_spearman(x, y), *np.nanquantile(draws, (0.025, 0.975)))))

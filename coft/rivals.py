@@ -16,7 +16,7 @@ from .clip import load_clip, zero_shot_head
 from .collaborate import TEMPLATE_SETS, first_labels, templates_of
 from .core import check_choice, check_flag, check_number, expect_error
 from .data import load_task
-from .filtering import select_topk, softmax_probabilities
+from .filtering import filling_sentences, select_topk, softmax_probabilities
 from .members import EncoderMember, LinearHead
 from .ours import CoFTX
 from .protocol import METHODS, Fitted, Method, Run, get_method
@@ -94,7 +94,8 @@ class TopK(Method):
         index, labels = select_topk(P, run.settings.top_k, run.settings.fill_short)
         model, history = fine_tune(run, index, labels, "top-K self-training")
         trace = {"zero_shot": P, "selected_index": index, "selected_labels": labels, "histories": {"top-K self-training": history}}
-        return Fitted(self.name, run.task.class_names, [EncoderMember(model)], trace=trace)
+        messages = filling_sentences(P, index, labels, None, run.settings.top_k, run.task.class_names)
+        return Fitted(self.name, run.task.class_names, [EncoderMember(model)], messages=messages, trace=trace)
 
 # %% ../nbs/09_rivals.ipynb #fadc73e7
 class Supervised(Method):

@@ -3,6 +3,7 @@ import csv
 import ctypes
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from coft.awkward import AWKWARD_FILES, AWKWARD_FOLDERS, CLASS_FILES, LOCKED_FIL
 from coft.cli import app
 from coft.clip import Compute
 from coft.data import load_task, read_class_names, read_templates
+from coft.filtering import SIGNS
 from coft.images import FileImages, task_from_arrays, walk_images
 from coft.report import write_report
 from coft.saved import load_fitted
@@ -109,6 +111,15 @@ def test_adapt_tells_machines_what_it_tells_people(adapted):
     assert "accuracy" not in adapted.adapt.stdout
     text = room.summary_text(told)
     assert "no measure of accuracy" in text and "2 files of other kinds" in text and "and 4 more, listed" in text
+    shown = dict(re.split(r"\s{2,}", line.strip()) for line in text.split("counted after Phase I:\n")[1].split("\n\n")[0].splitlines())
+    assert shown == {words: "-" if told["signs"][k] is None else f"{told['signs'][k]:.0f} %" for k, words in SIGNS.items() if k not in ("agreement", "rejected")}, "these two have a sentence of their own"
+
+
+def test_signs_that_could_not_be_counted_have_no_number(adapted):
+    told = json.loads(adapted.adapt.stdout)
+    none = re.compile(r"of these, labels that look right to both models +-$", re.M)
+    assert none.search(room.summary_text(told | dict(signs=told["signs"] | dict(filled=0.0, filled_believed=None))))
+    assert "Further signs" not in room.summary_text(told | dict(signs={}))
 
 
 @pytest.mark.parametrize("case", AWKWARD_FILES, ids=lambda case: case.what)

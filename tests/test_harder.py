@@ -1,14 +1,17 @@
 "Labels confused as people confuse them, and folders that are not clean."
 from dataclasses import replace
+from inspect import signature
 
 import numpy as np
 import pytest
 import torch
 from coft.collaborate import CoFT
-from coft.data import ArrayImages, Audit, Task, load_task
+from coft.core import read_json
+from coft.data import SHIFTS, STORED, TASKS, ArrayImages, Audit, Task, load_task, sample_task
+from coft.experiment import Parameters
 from coft.filtering import label_quality
-from coft.harder import HARDER, NOISE_RATES, annotator_confusion, at_rate, copies_task, mislabel, noisy_task, strangers_task, tail_task
-from helpers import QUICK, message_of
+from coft.harder import HARDER, NOISE_RATES, annotator_confusion, at_rate, copies_task, mislabel, noisy_task, strangers_task, tail_task, wrong_classes
+from helpers import QUICK, REAL, message_of, real
 
 CONFUSION = np.array([[0.7, 0.2, 0.1], [0.05, 0.9, 0.05], [0.3, 0.1, 0.6]])
 
@@ -32,6 +35,30 @@ def test_the_stored_confusions_are_those_of_the_tasks():
     given = noisy_task(toy, 0.4).labelled(noisy=True)[1]
     counted = np.stack([np.bincount(given[toy.audit.train == k], minlength=4) / (toy.audit.train == k).sum() for k in range(4)])
     assert np.abs(stored - counted).max() < 0.03
+
+
+@pytest.mark.parametrize("name", ["digits", "glyphs"])
+def test_the_stored_confusion_is_made_by_this_code(name):
+    "The stored one has six decimals; a version of scikit-learn may stop a little elsewhere."
+    stored = np.array(read_json(STORED / "confusions.json")[name])
+    found = annotator_confusion(load_task(name))
+    assert found.shape == stored.shape and np.abs(found - stored).max() < 1e-3
+
+
+def test_the_rates_of_cifar10_are_hit():
+    real("cifar10", "train.parquet")
+    clean = load_task("cifar10", REAL)
+    for rate in NOISE_RATES:
+        noisy = load_task(f"cifar10-mislabelled-{round(100 * rate)}", REAL)
+        given = noisy.labelled(noisy=True)[1]
+        assert len(given) == 50000 and (given != clean.audit.train).mean() == pytest.approx(rate, abs=0.001)
+        assert noisy.unlabelled is clean.unlabelled and noisy.audit is clean.audit, "decoded once"
+
+
+def test_mistakes_that_are_spread_over_fewer_classes_count_as_fewer():
+    two = np.array([[0.5, 0.25, 0.25, 0], [0, 0.2, 0.4, 0.4], [0.1, 0, 0.8, 0.1], [0.3, 0.3, 0, 0.4]])
+    assert wrong_classes(two) == pytest.approx(2) and wrong_classes(1000 * two) == pytest.approx(2)
+    assert wrong_classes(np.array([[0.5, 0.5, 0], [0, 1, 0], [0.25, 0.25, 0.5]])) == pytest.approx(1.5), "a class without a mistake has no part in it"
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.4, 0.6])
@@ -129,3 +156,50 @@ def test_every_kind_is_registered_and_keeps_classes_or_lists_half():
         assert toy.unlabelled.batch([0, len(toy.unlabelled) - 1], 24).shape == (2, 3, 24, 24)
     shifted, clean = load_task("glyphs-toy-turn"), load_task("glyphs-toy")
     assert shifted.unlabelled is clean.unlabelled and not torch.equal(shifted.test.batch([0], 24), clean.test.batch([0], 24))
+
+
+# A part of a folder that is made harder
+
+@pytest.fixture
+def part():
+    "Tasks as a job loads them that takes 400 of the 1,257 images of `digits`."
+    return Parameters(tasks="digits", unlabelled=400).load
+
+
+def test_a_part_of_a_folder_keeps_its_share_of_near_copies(part):
+    folder = part("digits-copies").unlabelled
+    times = np.bincount(folder.rows, minlength=400)
+    assert len(folder) == 400 and folder.changed.sum() == 200 and (times == 21).sum() == 10 and set(times) == {0, 1, 21}
+
+
+def test_a_part_of_a_folder_shows_the_same_listed_images_at_every_share_of_strangers(part):
+    base, listed = load_task("digits"), []
+    for share in (0, 10, 30, 50):
+        folder = part(f"digits-strangers-{share}")
+        own = folder.unlabelled.images.rows[folder.unlabelled.rows]
+        strange = folder.audit.train < 0
+        assert strange.mean() == pytest.approx(share / 100, abs=2e-3) and (base.audit.train[own[strange]] % 2 == 1).all()
+        listed.append(set(own[~strange]))
+    assert listed[0] == listed[1] == listed[2] == listed[3] and 180 <= len(listed[0]) <= 200
+
+
+def test_a_part_of_a_folder_keeps_rates_tails_and_missing_classes(part):
+    clean = part("digits")
+    for rate in (20, 40, 60):
+        noisy = part(f"digits-mislabelled-{rate}")
+        assert noisy.unlabelled.digest() == clean.unlabelled.digest() and (noisy.labelled(noisy=True)[1] != clean.audit.train).mean() == pytest.approx(rate / 100, abs=0.012)
+    sizes = np.bincount(part("digits-tail-10").audit.train, minlength=10)
+    assert sizes.max() / sizes.min() == pytest.approx(10, rel=0.2)
+    assert (np.bincount(part("digits-missing").audit.train, minlength=10) == 0).sum() == 3
+
+
+def test_a_task_that_is_made_of_no_other_is_cut_as_before(part):
+    assert part("digits").data_sha256 == sample_task(load_task("digits"), 400).data_sha256
+    assert part("digits-turn").unlabelled.digest() == part("digits").unlabelled.digest()
+    assert Parameters(tasks="digits-copies", unlabelled=5000).load("digits-copies").data_sha256 == load_task("digits-copies").data_sha256
+
+
+def test_every_harder_task_takes_the_number():
+    bases = ("digits", "glyphs-dev", "glyphs", "glyphs-toy", "cifar10")
+    made = [f"{b}-{k}" for b in bases for k in (*HARDER, *SHIFTS) if not (b == "digits" and k in SHIFTS)]
+    assert all("unlabelled" in signature(TASKS[name]).parameters for name in made)

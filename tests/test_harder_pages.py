@@ -1,20 +1,26 @@
 "The pages of harder settings, run with few steps on four characters; and what they count."
 import ast
+import re
 from dataclasses import fields, replace
 
 import IPython.display
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
+from coft.adapt import SIGN_RULES
 from coft.data import TASKS
+from coft.datasets import dataset_task
 from coft.experiment import TABLES, WITH_GRID, Parameters
 from coft.filtering import SIGNS, selection_report
-from coft.pages import NINE, accuracy_of_classes, beside_published, caught_strangers, foretelling, mislabelled, shown_with, signs_and_gains, with_relatives
+from coft.pages import NINE, accuracy_of_classes, beside_published, caught_strangers, foretelling, mislabelled, shown_with, signs_and_gains, warnings_beside_gains, with_relatives
 from coft.protocol import METHODS, get_method
 from coft.results import Records
 from helpers import ROOT, message_of
+from scipy.stats import spearmanr
 from test_pages import paper_run
+from test_photos import write_tables
 
 QUICK = {"coft": dict(top_k=4, phase1_epochs=1, phase2_epochs=1), "coft-semi": dict(top_k=4, phase1_epochs=1, phase2_epochs=1), "top-k": dict(epochs=1, top_k=4), "ce": dict(epochs=1), "gmm": dict(epochs=1),
          "deft": dict(phase1_epochs=1, phase2_epochs=1), "promptkd": dict(epochs=1, batch_size=64), "grip-semi": dict(epochs=1, steps=2), "fixmatch-da-semi": dict(epochs=1)}
@@ -50,7 +56,8 @@ def text_of(thing):
 
 def test_the_page_of_table_2_runs(run_page):
     text, page, records = run_page("coft-2", methods=["zero-shot", "coft", "ce", "gmm", "deft"], rates=[0.2, 0.4])
-    assert "RoLT" in text and "difference from coft" in text and text.count("PNG") == 1 and "of 72 given labels are wrong" in text
+    assert "RoLT" in text and "difference from coft" in text and text.count("PNG") == 1
+    assert len(re.findall(r"'glyphs-toy-mislabelled-(?:20|40)': '\d\d\.\d % of 72 given labels are wrong; the mistakes about a class are spread as over [1-3]\.\d of 3 others'", text)) == 2
     found = {(r["method"], r["task"]) for r in records}
     assert found == {(m, "glyphs-toy") for m in ("zero-shot", "coft", "coft-phase1")} | {(m, f"glyphs-toy-mislabelled-{r}") for m in ("ce", "gmm", "deft") for r in (20, 40)}
     assert {r["method"] for r in page["runs"] if r["task"] == "glyphs-toy-mislabelled-40"} == {"zero-shot", "coft", "ce", "gmm", "deft"}, "label-free runs stand beside the others"
@@ -74,10 +81,51 @@ def test_the_page_of_figure_2_runs(run_page):
 def test_the_page_of_folders_runs(run_page):
     text, page, records = run_page("harder-folders", methods=["zero-shot", "coft"], folders="strangers-30", shifts="turn", grid="full")
     assert {r["task"] for r in page["runs"]} == {"glyphs-toy", "glyphs-toy-strangers-30"} and "glyphs-toy-turn" in text and "coft, not filled" in text
-    assert page["foretelling"](page["signs"]).runs.max() == 2 and "starting labels that came by filling" in text
+    assert page["foretelling"](page["signs"]).folders.max() == 2 and "starting labels that came by filling" in text
     caught = page["caught_strangers"](page["runs"])
     assert set(caught.task) == {"glyphs-toy-strangers-30"} and (abs(caught.strangers - 30) < 1).all() and caught.accepted.notna().all()
     assert {r["settings"].get("fill_short") for r in records if r["method"] == "coft"} == {True, False}
+    counted = page["warnings_beside_gains"](page["signs"], page["SIGN_RULES"])
+    assert len(counted) == 2 and all(" of 2" in told for told in counted["runs in folders with harm"]), "this quick CoFT does harm in both folders"
+    assert re.search(r"\| glyphs-toy-turn \| coft, not filled \|.* to -?\d", text), "changed test images have paired intervals too"
+
+
+@pytest.fixture
+def small_cifar(tmp_path, monkeypatch):
+    "Parameters of CIFAR-10 with the photo model: a miniature of 120 training images of one colour per class, of which 60 are taken, and random weights."
+    write_tables(tmp_path / "data/cifar10", [f"kind {k}" for k in range(10)], per_class=12)
+    monkeypatch.setitem(TASKS, "cifar10", lambda data_root: dataset_task("cifar10", data_root, check_counts=False))
+    return dict(tasks="cifar10", model="photos", pretrained="random", data_root=str(tmp_path / "data"), unlabelled=60)
+
+
+def test_cifar10_with_the_photo_model_on_the_page_of_table_2(run_page, small_cifar):
+    text, page, records = run_page("coft-2", methods=["zero-shot", "coft", "ce"], rates=[0.4], **small_cifar)
+    assert {(r["method"], r["task"], r["n_train"], r["model"]) for r in records} == {(m, "cifar10", 60, "photos") for m in ("zero-shot", "coft", "coft-phase1")} | {("ce", "cifar10-mislabelled-40", 60, "photos")}
+    wrong, = re.findall(r"(\d+\.\d) % of 60 given labels are wrong", text)
+    assert float(wrong) == pytest.approx(40, abs=5), "six images of a class, whole ones"
+
+
+def test_cifar10_with_the_photo_model_on_the_page_of_folders(run_page, small_cifar):
+    text, page, records = run_page("harder-folders", methods=["zero-shot", "coft"], folders=["strangers-30", "strangers-50", "copies"], shifts="turn", **small_cifar)
+    folders = {r["task"]: r["n_train"] for r in records if r["method"] == "coft"}
+    strangers = [page["loaded"][f"cifar10-strangers-{k}"].audit.train for k in (30, 50)]
+    assert folders["cifar10"] == folders["cifar10-copies"] == folders["cifar10-turn"] == 60 and page["loaded"]["cifar10-copies"].unlabelled.changed.sum() == 30
+    assert len({(known >= 0).sum() for known in strangers}) == 1 and [(known < 0).mean() for known in strangers] == pytest.approx([0.3, 0.5], abs=0.02)
+    assert folders["cifar10-strangers-30"] == len(strangers[0]) < 60
+
+
+@pytest.mark.parametrize("name, methods, more", [("coft-3", ["zero-shot", "coft"], {}), ("coft-fig2", ["zero-shot", "coft-semi"], dict(shots=[1]))])
+def test_the_other_pages_take_a_part_of_the_images(run_page, name, methods, more):
+    records = run_page(name, methods=methods, unlabelled=50, **more)[2]
+    assert {r["n_train"] for r in records} == {50}
+
+
+@pytest.mark.parametrize("name", ["coft-2", "harder-folders"])
+def test_the_command_for_cifar10_names_parameters_of_the_page(name):
+    names, _ = parameters_of(f"tables/{name}.ipynb")
+    text = "".join(c.source for c in nbformat.read(ROOT / f"nbs/tables/{name}.ipynb", 4).cells if c.cell_type == "markdown")
+    command = next(line for line in text.splitlines() if "-p tasks cifar10" in line)
+    assert {"tasks", "model", "pretrained", "data_root", "unlabelled"} == set(re.findall(r"-p (\w+)", command)) <= names and "-p unlabelled 3000" in command
 
 
 @pytest.mark.parametrize("name, paper", [("coft-2", ["cifar100n"]), ("coft-3", NINE), ("coft-fig2", NINE), ("harder-folders", ["digits", "glyphs"])])
@@ -137,12 +185,32 @@ def test_strangers_are_counted_in_the_report():
 
 def test_a_sign_that_grows_where_the_method_loses_foretells_harm():
     signs = dict.fromkeys(SIGNS, 1.0)
-    runs = [dict(task=t, method=m, seed=s, accuracy=a, signs=x) for t, s, gain, rejected in (("a", 0, 5, 1), ("a", 1, 4, 2), ("b", 0, -3, 9)) for m, a, x in (("zero-shot", 50, {}), ("coft", 50 + gain, signs | dict(rejected=rejected, agreement=gain)))]
+    runs = [dict(task=t, method=m, seed=s, accuracy=a, signs=x) for t, s, gain, rejected in (("a", 0, 5, 1), ("a", 1, 4, 2), ("b", 0, -3, 9), ("c", 0, 1, 4)) for m, a, x in (("zero-shot", 50, {}), ("coft", 50 + gain, signs | dict(rejected=rejected, agreement=gain)))]
     table = signs_and_gains(runs, "coft")
-    assert table.gain.tolist() == [5, 4, -3] and table.rejected.tolist() == [1, 2, 9]
-    found = foretelling(table).set_index("sign").correlation
-    assert found[SIGNS["rejected"]] == -1 and found[SIGNS["agreement"]] == 1 and np.isnan(found[SIGNS["changed"]])
-    assert set(foretelling(table).sign[:2]) == {SIGNS["rejected"], SIGNS["agreement"]}
+    assert table.gain.tolist() == [5, 4, -3, 1] and table.rejected.tolist() == [1, 2, 9, 4]
+    found = foretelling(table).set_index("sign")
+    assert found.correlation[SIGNS["rejected"]] == -1 and found.correlation[SIGNS["agreement"]] == 1 and np.isnan(found.correlation[SIGNS["changed"]])
+    assert set(found.index[:2]) == {SIGNS["rejected"], SIGNS["agreement"]} and (found.folders == 3).all(), "two seeds of a folder count once"
+
+
+def test_the_interval_is_one_over_folders():
+    "Ten folders whose ranks nearly agree: drawn anew by hand, and with ten copies of every seed, which add nothing."
+    gain, sign = np.array([3, 1, 4, 1.5, 5, 9, 2, 6, 5.5, 3.5]), np.array([2, 0, 5, 1, 7, 8, 1, 3, 6, 6.0])
+    table = pd.DataFrame([dict(task=f"t{i}", seed=s, gain=g) | dict.fromkeys(SIGNS, x) for i, (g, x) in enumerate(zip(gain, sign)) for s in range(10)])
+    rng, drawn = np.random.default_rng(1), []
+    for _ in range(4000):
+        rows = rng.integers(10, size=10)
+        drawn.append(spearmanr(gain[rows], sign[rows]).statistic)
+    found = foretelling(table).iloc[0]
+    assert found.correlation == round(spearmanr(gain, sign).statistic, 2) and found.folders == 10
+    assert [found.low, found.high] == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.04) and found.low < found.correlation < found.high
+
+
+def test_warnings_are_counted_where_the_mean_gain_is_harm():
+    "Folder a lost in the mean, though one of its seeds gained."
+    rows = [("a", -4, 40, 90), ("a", 1, 60, 70), ("b", 2, 45, 10), ("b", 3, 70, 10), ("c", 0, 90, 85)]
+    table = pd.DataFrame([dict(task=t, gain=g, agreement=a, rejected=r) for t, g, a, r in rows])
+    assert warnings_beside_gains(table, SIGN_RULES).to_numpy().tolist() == [[SIGNS["agreement"], "1 of 2", "1 of 3"], [SIGNS["rejected"], "1 of 2", "1 of 3"]]
 
 
 def test_accuracy_of_some_classes_is_counted_from_their_images(task, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 "Small photographs: an open vocabulary, the model `photos`, what pre-training takes, tasks from tables; and the whole page on made-up data."
 import io
 import json
+import shutil
 import zipfile
 from dataclasses import replace
 
@@ -379,6 +380,21 @@ def values(images, size=32):
 
 
 KINDS = ["airplane", "automobile", "bird"]
+
+
+def test_a_packed_data_set_is_decoded_once_until_its_files_change(tmp_path):
+    load = lambda name: load_task(name, tmp_path, check_counts=False)
+    for folder in ("cifar10", "caltech101"):
+        write_tables(tmp_path / folder, KINDS)
+    first, other = load("cifar10"), load("caltech101-32")
+    assert load("cifar10") is first and load("caltech101-32") is other and (first.name, other.name) == ("cifar10", "caltech101-32")
+    assert "3 classes were found" in message_of(load_task, "cifar10", tmp_path), "what was kept without a check is not taken for checked"
+    shutil.rmtree(tmp_path / "cifar10")
+    write_tables(tmp_path / "cifar10", KINDS[::-1], per_class=5)
+    again = load("cifar10")
+    assert len(again.unlabelled) == 15 and again.class_names == KINDS[::-1] and again.data_sha256 != first.data_sha256
+    shutil.rmtree(tmp_path / "cifar10")
+    assert "is missing" in message_of(load, "cifar10", kind=FileNotFoundError)
 
 
 def test_cifar10_from_tables(tmp_path):

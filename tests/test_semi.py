@@ -4,13 +4,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from coft.collaborate import CoFTSemi
+from coft.collaborate import CoFTPlusSemi, CoFTSemi
 from coft.data import Audit, Augmentation
 from coft.protocol import METHODS, Run, get_method
 from coft.pseudolabels import growing_sizes
 from coft.semi import FixMatchSemi, FixMatchSemiSettings, GRIPSemi, MixedPrompt, SemiSelfTraining
 from coft.trainer import EncoderWithHead, PhaseState
-from helpers import QUICK, broken_off, message_of
+from helpers import QUICK, QUICK_PLUS, broken_off, message_of
 
 FIXMATCH = dict(preset="paper", epochs=2, batch_size=24, lr=1e-4, threshold=0.3, strong_views="task", shots=3, labelled_batch=8)
 GRIP = dict(preset="paper", optimizer="adamw", lr=0.01, weight_decay=0.0, epochs=1, batch_size=16, n_context=4, steps=2, shots=3)
@@ -102,6 +102,23 @@ def test_given_labels_enter_where_they_are_asked_to(clip, task, where, selected,
         as_given = (trace[f"labels_{g}"][index] == labels).all() and trace[f"accepted_{g}"][index].all()
         judged = (trace[f"accepted_{g}"] == (trace[f"p_clean_{g}"] > 0.5))[index].all()
         assert as_given if accepted else judged
+
+
+@pytest.mark.parametrize("method, settings", [(CoFTSemi, QUICK), (CoFTPlusSemi, QUICK_PLUS)], ids=["coft", "coft+"])
+def test_labels_enter_coft_by_their_one_door(method, settings, clip, task, monkeypatch):
+    "Other true labels of the images that are not given change nothing, other given labels do."
+    own, given = task.labelled(3, 0)
+    train, others = task.audit.train.copy(), np.setdiff1d(np.arange(72), own)
+    train[others] = (train[others] + 1) % 4
+    altered = replace(task, _labels=Audit(train, task.audit.test))
+
+    def fitted(task, labels):
+        monkeypatch.setattr(type(task), "labelled", lambda self, shots, seed: (own, labels))
+        return method(**settings | dict(shots=3)).fit(clip, task, progress=False)
+
+    first, second, other = fitted(task, given), fitted(altered, given), fitted(task, (given + 1) % 4)
+    assert (first.predict_all(task.test) == second.predict_all(task.test)).all() and (first.predict_all(task.test) != other.predict_all(task.test)).any()
+    assert (first.messages, first.facts, first.trace["signs"]) == (second.messages, second.facts, second.trace["signs"])
 
 
 def test_a_place_that_is_not_known_is_named():
