@@ -10,10 +10,10 @@ from torch import nn
 
 def block(b, x, mask=None):
     "One residual attention block of CLIP."
-    if type(b.attn) is not nn.MultiheadAttention:
+    if not isinstance(b.attn, nn.MultiheadAttention):
         raise TypeError(f"the plain way needs PyTorch's MultiheadAttention; this model has a {type(b.attn).__name__}.")
     y = b.ln_1(x)
-    x = x + b.ls_1(b.attn(y, y, y, need_weights=False, attn_mask=mask)[0])
+    x = x + b.ls_1(nn.MultiheadAttention.forward(b.attn, y, y, y, need_weights=False, attn_mask=mask)[0])
     return x + b.ls_2(b.mlp(b.ln_2(x)))
 
 

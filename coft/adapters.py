@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from . import __version__
-from .clip import FrozenCLIP, _split_heads, fill_module, load_clip
+from .clip import FrozenCLIP, _attend, fill_module, load_clip
 from .core import check_choice, check_number, expect_error, replace_file, torch_generator
 
 # %% ../nbs/04_adapters.ipynb #34e75216
@@ -145,11 +145,9 @@ class _OwnForward:
 
     def remove(self): del self.module.forward
 
-def _attend(attention, query, value, x, *same, attn_mask=None, **options):
+def _attend_changed(attention, query, value, x, *same, attn_mask=None, **options):
     q, k, v = F.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
-    heads = (_split_heads(y, attention.num_heads) for y in (q + query(x), k, v + value(x)))
-    seen = F.scaled_dot_product_attention(*heads, attn_mask=attn_mask)
-    return attention.out_proj(seen.transpose(-3, -2).flatten(-2)), None
+    return _attend(attention, q + query(x), k, v + value(x), attn_mask), None
 
 def _channels_last(change, x): return change(x.movedim(1, -1)).movedim(-1, 1)
 
@@ -178,7 +176,7 @@ class LoRA(LightModule):
 
     def changes(self, visual):
         targets = self._targets(visual)
-        if self.of_attention: yield from (_OwnForward(t, partial(_attend, t, q, v)) for t, q, v in zip(targets, self.pairs[::2], self.pairs[1::2]))
+        if self.of_attention: yield from (_OwnForward(t, partial(_attend_changed, t, q, v)) for t, q, v in zip(targets, self.pairs[::2], self.pairs[1::2]))
         else: yield from (t.register_forward_hook(lambda module, args, out, pair=p: out + _channels_last(pair, args[0])) for t, p in zip(targets, self.pairs))
 
     @torch.no_grad()

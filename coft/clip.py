@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_MODELS', 'PHOTO_MODEL', 'EMBEDDED', 'BYTE_PIECES', 'MERGES', 'LONG_TEXTS', 'PRECISIONS', 'KEPT',
-           'PART_EFFORT', 'GPU_EFFORT', 'PROFILE_MODELS', 'MOST_HEADS', 'CompactTokenizer', 'kept_pieces',
+           'PART_EFFORT', 'GPU_EFFORT', 'MANY_ROWS', 'PROFILE_MODELS', 'MOST_HEADS', 'CompactTokenizer', 'kept_pieces',
            'open_vocabulary', 'tokenize', 'has_bf16', 'Compute', 'compute_from', 'parts_by_length', 'text_bytes',
-           'in_parts', 'FrozenCLIP', 'load_clip', 'takes_pixel_statistics', 'check_device', 'weights_digest',
-           'check_shapes', 'fill_module', 'build_embedded', 'zero_shot_head', 'PromptEncoder']
+           'in_parts', 'DirectAttention', 'FrozenCLIP', 'load_clip', 'takes_pixel_statistics', 'check_device',
+           'weights_digest', 'check_shapes', 'fill_module', 'build_embedded', 'zero_shot_head', 'PromptEncoder']
 
 # %% ../nbs/01_clip.ipynb #891a37cc
 import json, logging, os, re, warnings, zipfile
@@ -207,6 +207,32 @@ def _end_of_text(model, x, last): # of embeddings [n, length, w] and the places 
     x = model.transformer(x + model.positional_embedding[:length], attn_mask=None if model.attn_mask is None else model.attn_mask[:length, :length])
     return _text_features(model, x[torch.arange(len(x), device=x.device), last])
 
+# %% ../nbs/01_clip.ipynb #c0de0011
+MANY_ROWS = 4 # from so many on, a row of a matrix product rounds as it does among more (measured)
+
+def _split_heads(x, heads): return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+def _attend(attention, q, k, v, attn_mask=None, tokens_first=False): # of [n, tokens, w]; tokens_first: in the rows of the last product
+    seen = F.scaled_dot_product_attention(*(_split_heads(y, attention.num_heads) for y in (q, k, v)), attn_mask=attn_mask).transpose(1, 2)
+    return attention.out_proj(seen.transpose(0, 1).flatten(-2)).transpose(0, 1) if tokens_first else attention.out_proj(seen.flatten(-2))
+
+class DirectAttention(nn.MultiheadAttention):
+    "PyTorch's attention with the same parameters and numbers, and without its copies where a block attends to its own tokens"
+    def forward(self, query, key, value, *given, attn_mask=None, **options):
+        learn = any(p.requires_grad for p in (self.in_proj_weight, self.in_proj_bias, self.out_proj.weight, self.out_proj.bias))
+        wanted = attn_mask is not None or torch.is_grad_enabled() and (learn or query.requires_grad)
+        own = wanted and query is key is value and query.ndim == 3 and not given and options == dict(need_weights=False) and (attn_mask is None or attn_mask.ndim == 2)
+        if not own: return super().forward(query, key, value, *given, attn_mask=attn_mask, **options)
+        if not learn and len(query) >= MANY_ROWS: return _attend(self, *F.linear(query, self.in_proj_weight).add_(self.in_proj_bias).chunk(3, -1), attn_mask), None
+        packed = F.linear(query.transpose(0, 1), self.in_proj_weight, self.in_proj_bias)
+        return _attend(self, *(y.transpose(0, 1) for y in packed.chunk(3, -1)), attn_mask, tokens_first=True), None
+
+def _attend_directly(model): # the same open_clip model
+    from open_clip.transformer import ResidualAttentionBlock
+    for block in model.modules():
+        if isinstance(block, ResidualAttentionBlock) and type(block.attn) is nn.MultiheadAttention and block.attn.batch_first: block.attn.__class__ = DirectAttention
+    return model
+
 # %% ../nbs/01_clip.ipynb #ed2ee81d
 class FrozenCLIP:
     "open_clip's `CLIP` with frozen weights, its tokenizer and its pixel statistics"
@@ -220,7 +246,7 @@ class FrozenCLIP:
         std=(0.26862954, 0.26130258, 0.27577711), # likewise
         preset:str="paper", # which settings the methods take unless told otherwise
     ):
-        self.model = model.eval().requires_grad_(False)
+        self.model = _attend_directly(model).eval().requires_grad_(False)
         self.tokenizer, self.name, self.pretrained, self.weights_sha256, self.preset = tokenizer, name, pretrained, weights_sha256, preset
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (mean, std))
         self.image_size, self._compute = _first(model.visual.image_size), Compute()
@@ -630,8 +656,6 @@ def _whole(self:PromptEncoder, context, classes, length): # of the names, paddin
 PromptEncoder.plain, PromptEncoder._whole = _plain, _whole
 
 # %% ../nbs/01_clip.ipynb #c9063fd2
-def _split_heads(x, heads): return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
-
 def _queries_keys_values(block, x):
     a = block.attn
     return (_split_heads(y, a.num_heads) for y in F.linear(block.ln_1(x), a.in_proj_weight, a.in_proj_bias).chunk(3, -1))

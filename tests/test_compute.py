@@ -1,4 +1,5 @@
 "What is computed in another way says the same: each shortcut against the slow path that it replaces, in double precision, and what it saves by counting."
+import pickle
 import warnings
 from collections import Counter
 from copy import deepcopy
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from coft.adapters import LIGHT_MODULES, build_light_module
 from coft.blackbox import BlackBoxVLM, Pictures
-from coft.clip import MOST_HEADS, Compute, FrozenCLIP, PromptEncoder, has_bf16, in_parts, parts_by_length, text_bytes, tokenize, weights_digest, zero_shot_head
+from coft.clip import (MOST_HEADS, Compute, DirectAttention, FrozenCLIP, PromptEncoder, build_embedded, has_bf16, in_parts, load_clip,
+                       parts_by_length, text_bytes, tokenize, weights_digest, zero_shot_head)
 from coft.collaborate import CoFTPlusSettings, CoFTSettings, PromptedModel, contrast_views, first_labels, similarities
 from coft.contrast import MomentumContrast
 from coft.data import ArrayImages
@@ -25,6 +27,7 @@ from coft.prompts import L2_GRAD
 from coft.protocol import Run
 from coft.trainer import EncoderWithHead, Schedule, train
 from helpers import message_of
+from open_clip.transformer import ResidualAttentionBlock
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -460,3 +463,120 @@ def test_a_box_encodes_the_texts_of_a_question_once(clip, task, monkeypatch):
     assert (box.n_prompt_queries, box.n_image_forwards) == (3, 2 * 3 * 8), "what is charged stays what it was"
     box.logits(contexts[1:], task.class_names, pixels[0]), box.logits(contexts[1:], task.class_names[::-1], pixels[0])
     assert len(encoded) == 3
+
+
+# Attention without PyTorch's copies
+
+def plain_attention(module):
+    "A copy whose attention is PyTorch's own again: the slow reference"
+    module = deepcopy(module)
+    for m in module.modules():
+        if type(m) is DirectAttention:
+            m.__class__ = torch.nn.MultiheadAttention
+    return module
+
+
+def block_of_vit_b16():
+    torch.manual_seed(0)
+    block = ResidualAttentionBlock(768, 12)
+    torch.nn.init.normal_(block.attn.in_proj_bias, std=0.3)
+    torch.nn.init.normal_(block.attn.out_proj.bias, std=0.3)
+    block.attn.__class__ = DirectAttention
+    return block
+
+
+def attention_case(name, n):
+    "A module, what goes into it besides x, and x [n, tokens, width]"
+    rng = torch.Generator().manual_seed(1)
+    if name == "block of ViT-B/16":
+        return block_of_vit_b16(), {}, torch.randn(n, 197, 768, generator=rng)
+    model, tower = name.rsplit(" ", 1)
+    net = load_clip(model, "random" if model == "photos" else None).model
+    if tower == "text":
+        return net.transformer, dict(attn_mask=net.attn_mask[:9, :9]), 0.1 * torch.randn(n, 9, net.transformer.width, generator=rng)
+    tokens = net.visual.positional_embedding.shape[0] + 4
+    return net.visual.transformer, {}, torch.randn(n, tokens, net.visual.transformer.width, generator=rng)
+
+
+def everything(module, x, more):
+    "Output and the gradients of x and of all weights that learn"
+    leaf = x.clone().requires_grad_()
+    out = module(leaf, **more)
+    learns = [p for p in module.parameters() if p.requires_grad]
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), [leaf, *learns])]
+
+
+@pytest.mark.parametrize("learn", [False, True], ids=["frozen", "weights learn"])
+@pytest.mark.parametrize("n", [1, 3, 5])
+@pytest.mark.parametrize("name", [*(f"{m} {t}" for m in ("embedded", "embedded-l", "photos") for t in ("image", "text")), "block of ViT-B/16"])
+def test_direct_attention_has_the_bits_of_pytorchs(name, n, learn):
+    module, more, x = attention_case(name, n)
+    module.requires_grad_(learn)
+    plain = plain_attention(module)
+    assert any(type(m) is DirectAttention for m in module.modules()) and not any(type(m) is DirectAttention for m in plain.modules())
+    found, expected = everything(module, x, more), everything(plain, x, more)
+    assert len(found) == 2 + learn * len(list(module.parameters())) and all(e.any() for e in expected[:2])
+    assert [torch.equal(a, b) for a, b in zip(found, expected, strict=True)] == [True] * len(found)
+    with torch.no_grad():
+        assert torch.equal(module(x, **more), plain(x, **more))
+
+
+@pytest.mark.parametrize("learn", [False, True], ids=["frozen", "weights learn"])
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_direct_attention_in_other_types(tower, learn):
+    module, more, x = attention_case(f"embedded {tower}", 5)
+    module.requires_grad_(learn)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = everything(module, x, more), everything(plain_attention(module), x, more)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and (a - b).norm() < 0.02 * b.norm()
+    module, more, x = module.double(), {k: v.double() for k, v in more.items()}, x.double()
+    assert_same(everything(module, x, more), everything(plain_attention(module), x, more))
+
+
+def test_what_attention_saves(clip):
+    blocks, counts = len(clip.model.visual.transformer.resblocks), []
+    x = torch.randn(16, 41, clip.model.visual.transformer.width).requires_grad_()
+    for tower in (clip.model.visual.transformer, plain_attention(clip.model.visual.transformer)):
+        with Operations() as operations:
+            tower(x).sum().backward()
+        assert operations.attention == 2 * blocks
+        counts.append(operations.counts)
+    direct, plain = counts
+    assert plain["bmm"] == 2 * blocks and direct["bmm"] == 0, "with frozen weights PyTorch multiplies token by token"
+    assert direct["clone"] <= plain["clone"] - 2 * blocks
+
+
+def test_images_without_a_gradient_keep_pytorchs_fast_path(clip):
+    with torch.no_grad(), Operations() as operations:
+        clip.image_features(torch.zeros(8, 3, 24, 24))
+    assert operations.counts["_native_multi_head_attention"] == len(clip.model.visual.transformer.resblocks) and operations.attention == 0
+
+
+def test_another_use_of_attention_is_pytorchs():
+    attention, x = block_of_vit_b16().attn.requires_grad_(False), torch.randn(4, 6, 768, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    plain, other = plain_attention(attention), torch.randn(4, 3, 768, generator=torch.Generator().manual_seed(1))
+    hidden = torch.zeros(4, 6, dtype=torch.bool)
+    hidden[:, 4:] = True
+    for args, more in [((x, x, x), {}), ((x, other, other), dict(need_weights=False)), ((x, x, x), dict(need_weights=False, key_padding_mask=hidden)), ((x, x, x, hidden, False), {}),
+                       ((x[0], x[0], x[0]), dict(need_weights=False)), ((x, x, x), dict(need_weights=False, attn_mask=torch.zeros(48, 6, 6)))]:
+        for a, b in zip(attention(*args, **more), plain(*args, **more)):
+            assert (a is b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("vision", [dict(image_size=32, layers=(1, 1, 1, 1), width=8, head_width=16), dict(image_size=16, patch_size=8, width=16, layers=1, head_width=8, block_type="custom", qk_norm=True)], ids=["resnet", "custom attention"])
+def test_other_attention_stays_what_it_is(vision):
+    model = small_clip(vision).model
+    assert not any(isinstance(m, DirectAttention) for m in model.visual.modules())
+    assert all(type(b.attn) is DirectAttention for b in model.transformer.resblocks)
+
+
+def test_a_tower_with_direct_attention_is_open_clips_to_the_outside(clip):
+    pixels, fresh = torch.rand(4, 3, 24, 24, generator=torch.Generator().manual_seed(0)), build_embedded()[0].eval().requires_grad_(False)
+    assert [type(b.attn) for b in fresh.visual.transformer.resblocks] == [torch.nn.MultiheadAttention] * 5
+    fresh.load_state_dict(clip.model.state_dict())
+    assert torch.equal(fresh.visual(pixels), clip.model.visual(pixels))
+    for copy in (clip.copy_visual(), pickle.loads(pickle.dumps(clip.model.visual))):
+        assert [type(b.attn) for b in copy.transformer.resblocks] == [DirectAttention] * 5
+        assert list(copy.state_dict()) == list(fresh.visual.state_dict())
