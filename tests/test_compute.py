@@ -510,16 +510,18 @@ def everything(module, x, more):
 @pytest.mark.parametrize("learn", [False, True], ids=["frozen", "weights learn"])
 @pytest.mark.parametrize("n", [1, 3, 5])
 @pytest.mark.parametrize("name", [*(f"{m} {t}" for m in ("embedded", "embedded-l", "photos") for t in ("image", "text")), "block of ViT-B/16"])
-def test_direct_attention_has_the_bits_of_pytorchs(name, n, learn):
+def test_direct_attention_has_the_numbers_of_pytorchs(name, n, learn):
+    "The same bits on the processor it was written on; on others a matrix product may round its rows in another way."
     module, more, x = attention_case(name, n)
     module.requires_grad_(learn)
     plain = plain_attention(module)
     assert any(type(m) is DirectAttention for m in module.modules()) and not any(type(m) is DirectAttention for m in plain.modules())
     found, expected = everything(module, x, more), everything(plain, x, more)
     assert len(found) == 2 + learn * len(list(module.parameters())) and all(e.any() for e in expected[:2])
-    assert [torch.equal(a, b) for a, b in zip(found, expected, strict=True)] == [True] * len(found)
     with torch.no_grad():
-        assert torch.equal(module(x, **more), plain(x, **more))
+        found, expected = [*found, module(x, **more)], [*expected, plain(x, **more)]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-5 * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("learn", [False, True], ids=["frozen", "weights learn"])
@@ -562,7 +564,7 @@ def test_another_use_of_attention_is_pytorchs():
     for args, more in [((x, x, x), {}), ((x, other, other), dict(need_weights=False)), ((x, x, x), dict(need_weights=False, key_padding_mask=hidden)), ((x, x, x, hidden, False), {}),
                        ((x[0], x[0], x[0]), dict(need_weights=False)), ((x, x, x), dict(need_weights=False, attn_mask=torch.zeros(48, 6, 6)))]:
         for a, b in zip(attention(*args, **more), plain(*args, **more)):
-            assert (a is b is None) or torch.equal(a, b)
+            assert (a is b is None) or torch.allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.parametrize("vision", [dict(image_size=32, layers=(1, 1, 1, 1), width=8, head_width=16), dict(image_size=16, patch_size=8, width=16, layers=1, head_width=8, block_type="custom", qk_norm=True)], ids=["resnet", "custom attention"])
@@ -576,7 +578,7 @@ def test_a_tower_with_direct_attention_is_open_clips_to_the_outside(clip):
     pixels, fresh = torch.rand(4, 3, 24, 24, generator=torch.Generator().manual_seed(0)), build_embedded()[0].eval().requires_grad_(False)
     assert [type(b.attn) for b in fresh.visual.transformer.resblocks] == [torch.nn.MultiheadAttention] * 5
     fresh.load_state_dict(clip.model.state_dict())
-    assert torch.equal(fresh.visual(pixels), clip.model.visual(pixels))
+    assert torch.allclose(fresh.visual(pixels), clip.model.visual(pixels), atol=1e-5)
     for copy in (clip.copy_visual(), pickle.loads(pickle.dumps(clip.model.visual))):
         assert [type(b.attn) for b in copy.transformer.resblocks] == [DirectAttention] * 5
         assert list(copy.state_dict()) == list(fresh.visual.state_dict())
