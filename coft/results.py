@@ -142,9 +142,10 @@ class Records:
         path, # of the file
         without=(), # keys of runs that are left out, because another file has them
     )->int: # number of runs
-        "Write all runs, packed ones included, into one small file: records, and which test images each model got right"
+        "Write all runs, packed ones included, into one small file: records, and which test images each model got right; of weights from a file its name, without the folder"
         runs = {k: r for k, (r, _) in self.packed.items()} | {r["key"]: r for r in self.load() if self.arrays_path(r["key"]).exists()}
         for key in without: runs.pop(key, None)
+        runs = {k: r | dict(pretrained=Path(r["pretrained"]).name) if r.get("pretrained") else r for k, r in runs.items()}
         bits = {k: np.packbits(self.arrays(k)["test_right"], axis=1) for k in sorted(runs)}
         with replace_file(path) as temporary: np.savez_compressed(temporary, records=json.dumps([runs[k] for k in sorted(runs)]), **bits)
         return len(runs)

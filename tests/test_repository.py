@@ -8,6 +8,7 @@ import re
 import zipfile
 from configparser import ConfigParser
 
+import numpy as np
 import pytest
 from checkout import ROOT, copy_checkout, run_python
 from check_docs import build
@@ -115,6 +116,11 @@ def test_notebooks_name_no_path_of_a_machine():
     named = {name: sorted(set(MACHINE_PATH.findall(text))) for name, text in notebooks(ROOT).items()}
     named = {name: found for name, found in named.items() if found}
     assert not named, f"a path of one machine stands in these notebooks; show a path from the project's root instead: {named}"
+
+
+def test_packed_runs_name_no_path_of_a_machine():
+    named = {f.name: sorted(set(MACHINE_PATH.findall(str(np.load(f)["records"])))) for f in (ROOT / "nbs/tables").glob("*.runs.npz")}
+    assert named and not any(named.values()), f"paths of one machine stand in these packed runs: {named}"
 
 
 def test_readme_home_page_and_makefile_are_in_step():

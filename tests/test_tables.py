@@ -3,6 +3,7 @@ from dataclasses import asdict, replace
 
 import IPython.display
 import nbformat
+import numpy as np
 import pandas as pd
 import papermill
 import pytest
@@ -72,6 +73,15 @@ def test_packed_runs_stand_for_the_runs_themselves(toy, tmp_path):
     pd.testing.assert_frame_equal(variants_table(taken, elsewhere, "zero-shot", packed), table)
     other = run_variants({"coft": ("coft", QUICK | dict(judge="nobody"))}, elsewhere, say=silent, packed=packed)
     assert other[0]["key"] not in [r["key"] for r in runs] and any((tmp_path / "elsewhere").glob("runs/*")), "what is not packed is run"
+
+
+def test_a_packed_run_names_its_weights_and_not_their_folder(tmp_path):
+    records = Records(tmp_path / "own")
+    for key, pretrained in (("a", str(tmp_path / "own/photos.safetensors")), ("b", "laion2b_s34b_b88k"), ("c", None)):
+        records.add(dict(key=key, n_test=3, pretrained=pretrained), {"test_right": np.ones((1, 3), bool)})
+    records.pack(tmp_path / "page.runs.npz")
+    packed = Records(tmp_path / "other", [tmp_path / "page.runs.npz"])
+    assert [packed.find(k)["pretrained"] for k in "abc"] == ["photos.safetensors", "laion2b_s34b_b88k", None]
 
 
 @pytest.mark.parametrize("judge, expected", [("self", "own"), ("nobody", "all"), ("confidence", "half"), ("peer", "peer")])
