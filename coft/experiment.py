@@ -386,8 +386,8 @@ def comparison(
     "Some variants side by side: a table with paired intervals, and a picture for each task"
     from coft.plots import plot_accuracies
     mine = [r for r in runs if r["method"] in labels]
-    points = lambda t: {v: [r["accuracy"] for r in mine if r["task"] == t and r["method"] == v] for v in labels if v != "zero-shot"}
-    return table_markdown(variants_table(mine, p, baseline, packed), baseline), [plot_accuracies(points(t), f"{title} ({t})", baseline, (baseline,)) for t in p.tasks]
+    points = lambda t: {v: [r["accuracy"] for r in mine if r["task"] == t and r["method"] == v] for v in labels if v == baseline or v != "zero-shot"}
+    return table_markdown(variants_table(mine, p, baseline, packed), baseline), [plot_accuracies(points(t), f"{title} ({t})" if title else t, baseline, (baseline,)) for t in p.tasks]
 
 def cost_alone(
     method:str, # registered name

@@ -8,7 +8,7 @@ import pandas as pd
 import papermill
 import pytest
 from coft.data import TASKS, ArrayImages, Audit
-from coft.experiment import TABLES, Parameters, find_or_run, run_variants, variants_table
+from coft.experiment import TABLES, Parameters, comparison, find_or_run, run_variants, variants_table
 from coft.protocol import METHODS, get_method
 from coft.results import Records, table_markdown
 from helpers import QUICK, ROOT
@@ -73,6 +73,15 @@ def test_packed_runs_stand_for_the_runs_themselves(toy, tmp_path):
     pd.testing.assert_frame_equal(variants_table(taken, elsewhere, "zero-shot", packed), table)
     other = run_variants({"coft": ("coft", QUICK | dict(judge="nobody"))}, elsewhere, say=silent, packed=packed)
     assert other[0]["key"] not in [r["key"] for r in runs] and any((tmp_path / "elsewhere").glob("runs/*")), "what is not packed is run"
+
+
+def test_a_comparison_shows_zero_shot_where_gains_are_counted_from_it(toy):
+    variants = {"zero-shot": ("zero-shot", {}), "K = 3": ("coft-phase1", QUICK | dict(top_k=3)), "K = 4": ("coft-phase1", QUICK)}
+    runs = run_variants(variants, toy, say=lambda line, **_: None)
+    rows = lambda *args: [[t.get_text() for t in figure.axes[0].get_yticklabels()] for figure in comparison(runs, list(variants), toy, *args)[1]]
+    assert rows("zero-shot") == [list(variants)] and rows("K = 4") == [["K = 3", "K = 4"]]
+    titles = [comparison(runs, list(variants), toy, "zero-shot", *question)[1][0].axes[0].get_title("left") for question in ((), ("How many?",))]
+    assert titles == ["toy", "How many? (toy)"]
 
 
 def test_a_packed_run_names_its_weights_and_not_their_folder(tmp_path):
