@@ -436,8 +436,6 @@ def run_page(
     target = project_root()/out_dir/"pages"/f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     known = (*papermill.inspect_notebook(str(source)), *OF_ALL_PAGES)
-    unheard = [k for k, d in papermill.inspect_notebook(str(page_source("overview"))).items() if k not in known and k in given and given[k] != ast.literal_eval(d["default"])]
-    if unheard: print(f"{name} has no {', '.join(unheard)}; it is made without.")
     with TemporaryDirectory() as aside:
         shown = target if is_main() else Path(aside)/target.name
         papermill.execute_notebook(str(source), str(shown), {k: v for k, v in given.items() if k in known and v is not None}, kernel_name="python3", progress_bar=progress and is_main(), cwd=os.getcwd())
@@ -464,10 +462,13 @@ def run_pages(
     out_dir, # likewise
 ): # (names of the files made, page -> why it failed)
     "Run pages one after the other; one that fails does not keep the others from being made"
-    from papermill import PapermillExecutionError
+    from papermill import PapermillExecutionError, inspect_notebook
     if n_processes() > 1: raise ValueError(f"tables: pages were asked for in a run of {n_processes()} processes. Run each page itself with them: torchrun --nproc_per_node {n_processes()} --no-python coft reproduce {names[0]}.")
     made, failed = [], {}
+    changed = [k for k, d in inspect_notebook(str(page_source("overview"))).items() if k in given and given[k] != ast.literal_eval(d["default"])]
     for name in names:
+        unheard = [k for k in changed if k not in (*inspect_notebook(str(page_source(name))), *OF_ALL_PAGES)]
+        if unheard: print(f"{name} has no {', '.join(unheard)}; it is made without.")
         try: made.append(run_page(name, given, out_dir).name)
         except PapermillExecutionError as e: failed[name] = f"{e.ename}: {e.evalue}"
     return made, failed

@@ -8,7 +8,6 @@ import papermill
 import pytest
 from coft.data import TASKS
 from coft.experiment import Parameters, known_tables, run_pages, stop_if_failed
-from coft.experiment import run_page as run_main
 from coft.fewshot import CoOp
 from coft.pages import NINE, beside_published, estimate, label_rounds, official_settings, overtaken_at, protocol_markdown, rehearse, what_can_run
 from coft.protocol import METHODS, get_method
@@ -235,9 +234,9 @@ def test_a_table_that_does_not_exist_is_named_and_the_others_stay():
 
 def test_what_a_page_does_not_know_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: None)
-    run_main("coft-5", dict(model="ViT-B-32", seeds=[0, 1], trackers=None, methods=None, unlabelled=300), str(tmp_path))
+    run_pages(["coft-5"], dict(model="ViT-B-32", seeds=[0, 1], trackers=None, methods=None, unlabelled=300), str(tmp_path))
     assert capsys.readouterr().out == "coft-5 has no model, unlabelled; it is made without.\n"
-    run_main("coft-1", dict(model="ViT-B-32", profile="embedded", grid=None, packed=True), str(tmp_path))
+    run_pages(["coft-1"], dict(model="ViT-B-32", profile="embedded", grid=None, packed=True), str(tmp_path))
     assert capsys.readouterr().out == ""
 
 
