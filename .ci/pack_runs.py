@@ -11,7 +11,7 @@ from coft.results import Records
 def pack_runs(out_dir: Path, page: Path) -> int:
     """Number of runs in the file."""
     target = page.with_suffix(".runs.npz")
-    others = Records(out_dir, set(page.parent.glob("*.runs.npz")) - {target}).packed
+    others = Records(out_dir, [f for f in page.parent.glob("*.runs.npz") if f != target]).packed
     return Records(out_dir, [target] if target.exists() else []).pack(target, without=others)
 
 

@@ -86,9 +86,9 @@ class Records:
     "The finished runs of a folder: `records.jsonl`, and `runs/KEY.npz` with the arrays of each"
     def __init__(self,
         folder, # is made if it does not exist
-        packed=(), # files that `pack` wrote, whose runs are found as well
+        packed=(), # files that `pack` wrote, one or several, whose runs are found as well
     ):
-        self.packed = {k: run for f in packed for k, run in _unpack(Path(f)).items()}
+        self.packed = {k: run for f in as_list(packed) for k, run in _unpack(Path(f)).items()}
         self.folder, self.path = Path(folder), Path(folder)/"records.jsonl"
         try: (self.folder/"runs").mkdir(parents=True, exist_ok=True)
         except OSError as e: raise ValueError(f"out_dir: {str(folder)!r} cannot be written ({e.strerror}). Give a folder that you may write to.") from e

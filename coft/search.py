@@ -121,13 +121,13 @@ def tune(
     return Found(log, scores, {m: searches[m].always | space[m][won[m]] for m in searches})
 
 # %% ../nbs/12a_search.ipynb #12a00019
-def whole(method, settings):
+def _all_settings(method, settings):
     "All settings of a trial"
     return asdict(get_method(method, "paper", **settings).settings_for("paper"))
 
 def _is_new(search, method, settings, tried):
     always = search.always | search.here
-    return whole(method, always | settings) not in [whole(method, always | s) for s in tried]
+    return _all_settings(method, always | settings) not in [_all_settings(method, always | s) for s in tried]
 
 def _unlike(search, method, tried, n_draws, name):
     "Draws that are unlike all trials, the first as many as are asked for and some more; `ValueError` when there are no more"

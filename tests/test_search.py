@@ -20,7 +20,7 @@ def scored(monkeypatch):
         return dict(accuracy=settings.get("lr", 0) * 10 - 15.0 * seed * (settings.get("lr") == 3), seconds=1.0, remark="")
 
     monkeypatch.setattr("coft.search.trial", trial)
-    monkeypatch.setattr("coft.search.whole", lambda method, settings: dict(epochs=100) | settings)
+    monkeypatch.setattr("coft.search._all_settings", lambda method, settings: dict(epochs=100) | settings)
     return ran
 
 
@@ -94,7 +94,7 @@ def test_a_trial_that_breaks_down_has_lost(tmp_path, monkeypatch):
         return [dict(accuracy=1.0, seconds=2.0, resumed=False)]
 
     monkeypatch.setattr("coft.search.run_variant", diverges)
-    monkeypatch.setattr("coft.search.whole", lambda method, settings: settings)
+    monkeypatch.setattr("coft.search._all_settings", lambda method, settings: settings)
     found = tune({"a": Search(dict(lr=[1]), [dict(lr=2)])}, asked(tmp_path), "a test", 1, 1, 1)
     lost = found.log[found.log.trial == 2].iloc[0]
     assert (lost.accuracy, lost.remark) == (0.0, "the loss is nan") and found.chosen != {"a": dict(lr=2)}
