@@ -69,7 +69,7 @@ def test_packed_runs_stand_for_the_runs_themselves(toy, tmp_path):
     assert Records(toy.out_dir, packed[:1]).pack(packed[0], without={r["key"] for r in runs} - first) == len(first) + 2
     elsewhere = replace(toy, out_dir=tmp_path / "elsewhere")
     taken = run_variants(variants, elsewhere, say=silent, packed=packed)
-    assert all(Records(tmp_path / "elsewhere", packed[0]).find(r["key"]) for r in runs), "a single file needs no list"
+    assert all(map(Records(tmp_path / "elsewhere", packed[0]).find, first)), "a single file needs no list"
     assert taken == runs and not any((tmp_path / "elsewhere").glob("runs/*"))
     pd.testing.assert_frame_equal(variants_table(taken, elsewhere, "zero-shot", packed), table)
     other = run_variants({"coft": ("coft", QUICK | dict(judge="nobody"))}, elsewhere, say=silent, packed=packed)
